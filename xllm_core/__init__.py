@@ -1,0 +1,1 @@
+"""xLLM for Python."""

@@ -1,0 +1,128 @@
+"""A model family: one file that turns a configuration into embed, layers and head, driven by the runner.
+
+Models never call torch's `linear`, attention or norms: everything comes from `Parts`, so that devices, formats and ranks can differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from xllm_core.plugins.contracts.kv import KVGroupSpec
+from xllm_core.plugins.contracts.weights import Axis, WeightMap
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the core must know of a model before it is built.
+
+    num_layers: entries of `layers`. max_model_len: the longest context the model was made for, in tokens.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """One step as layers see it; built by the runner, read only.
+
+    positions: [T] int64. kv_slots: per group name, [T] int64 slot of each token. plans: per group name, the kernel's plan.
+    """
+
+    positions: torch.Tensor
+    kv_slots: Mapping[str, torch.Tensor]
+    plans: Mapping[str, Any]
+
+
+class Linear(Protocol):
+    """A weight with its op. Shapes are this rank's share."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, out]; for axis "row", summed over ranks."""
+
+
+class Attention(Protocol):
+    """Storing new KV and attending, for one layer."""
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """q [T, H, D], k and v [T, G, D], rotated. Returns [T, H * D]."""
+
+
+class Parts(Protocol):
+    """Where a model gets everything that is not its own arithmetic. Sizes given are full; what comes back is this rank's share."""
+
+    world_size: int
+    rank: int
+    dtype: torch.dtype
+    torch_device: str
+
+    def share(self, size: int) -> int:
+        """This rank's part of a dimension that is divided; raises ConfigError when it does not divide evenly."""
+
+    def op(self, name: str) -> Callable[..., Any]:
+        """A bound op (`contracts.ops`). Called at construction only."""
+
+    def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
+        """A named parameter the loader fills (norm weights, small tables). `shape` is full; the tensor is this rank's share."""
+
+    def linear(self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False) -> Linear:
+        """A linear map with parameters `name.weight` [out, in] and, if asked, `name.bias` [out]. axis "column" divides out, "row" divides in."""
+
+    def embedding(self, name: str, num_embeddings: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A table `name.weight`, divided over the vocabulary, summed over ranks."""
+
+    def lm_head(self, name: str, size: int, vocab_size: int, *, tied_to: str | None = None) -> Linear:
+        """The output projection, divided over the vocabulary, gathered over ranks. tied_to: the embedding whose weight it shares."""
+
+    def attention(
+        self, group: str, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int, scale: float,
+        sliding_window: int | None = None, soft_cap: float | None = None,
+    ) -> Attention:
+        """The attention of one layer in one KV group."""
+
+
+class Layer(Protocol):
+    """One layer; boundaries are where KV is moved, runs are interrupted, and graphs are cut."""
+
+    def __call__(self, h: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """h: [T, hidden]; returns the same shape."""
+
+
+class Model(Protocol):
+    """A built model: three stages and nothing that knows about requests."""
+
+    layers: Sequence[Layer]
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids: [T] int64. Returns [T, hidden]."""
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """h: [N, hidden], the rows whose logits are wanted, after the last layer. Returns [N, vocab] float32."""
+
+
+class ModelFamily(Protocol):
+    """What a `ModelSpec` points at. All methods but `build` work without torch."""
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        """Read a configuration; raises ModelError that names the field for what this family cannot serve. Unknown variants are refused."""
+
+    def kv_groups(self, config: Mapping[str, Any], kv_dtype: str) -> Sequence[KVGroupSpec]:
+        """The cache this configuration needs (full, unsliced head counts)."""
+
+    def attention(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Per KV group name: num_heads, num_kv_heads, head_size, scale, sliding_window, soft_cap; kernels are chosen from it."""
+
+    def weight_map(self, config: Mapping[str, Any]) -> WeightMap:
+        """Every tensor of the checkpoint, by transformers' names."""
+
+    def build(self, config: Mapping[str, Any], parts: Parts) -> Model:
+        """Build the model; every parameter is asked of `parts`, and filled before the first forward."""

@@ -1,0 +1,37 @@
+"""The ops that models and the runner ask for by name; `xllm_core.reference.ops` is their definition and oracle.
+
+An op never keeps a tensor it was given beyond the call and, unless it says so, returns a new tensor. T is the number of tokens in the step.
+
+| name | call | meaning |
+|---|---|---|
+| `linear` | `LinearOp` | x @ weight.T + bias |
+| `embedding` | `(ids [T] int64, weight [V, H]) -> [T, H]` | rows of the table |
+| `rms_norm` | `(x [T, ..., H], weight [H], eps) -> like x` | mean square in float32, result in x's dtype, then times weight |
+| `add_rms_norm` | `(x [T, H], residual [T, H], weight [H], eps) -> (normed, x + residual)` | fusion of add and `rms_norm` |
+| `rope` | `(q [T, Hq, D], k [T, Hk, D], cos [T, R], sin [T, R]) -> (q, k)` | rotates the first R <= D elements, half-split (NeoX) pairs |
+| `silu_mul` | `(gate_up [T, 2I]) -> [T, I]` | silu(first half) * second half |
+| `kv_write` | `(new: tuple of [T, ...], caches: tuple of [B, S, ...], slots [T] int64) -> None` | stores in place; slot -1 is skipped |
+| `block_copy` | `(caches: tuple of [B, S, ...], src [N] int64, dst [N] int64) -> None` | copies whole blocks in place |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+CORE_OPS = ("linear", "embedding", "rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "block_copy")
+
+
+class LinearOp(Protocol):
+    """x @ weight.T + bias, with a chance to lay the weight out once."""
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        """Lay out one weight [out, in] (and bias [out]) at load time. The result is opaque and passed to every call.
+
+        The op may keep the tensors given or drop them after packing; the loader keeps no other reference.
+        """
+
+    def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """x: [T, in], model dtype, contiguous. Returns [T, out]."""

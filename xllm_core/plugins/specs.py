@@ -1,0 +1,148 @@
+"""What hooks return: frozen descriptions, free of imports. A `target` is imported only once it is chosen.
+
+Capabilities are data. What a spec does not declare is denied when something asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """Common to all: `name` is unique within a plugin (users write `plugin/name`, or `name` where that is unambiguous).
+
+    target: "module:attribute", a callable or class that builds the contract. rank: higher is preferred; the core's own parts have 0.
+    requires: modules that must be findable, else the spec is rejected with that reason.
+    """
+
+    name: str
+    target: str
+    rank: int = 0
+    requires: tuple[str, ...] = ()
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceSpec(Spec):
+    """A device backend. `target(index: int)` builds a `DeviceBackend`.
+
+    probe: "module:attribute", a function without arguments that returns None if the device is usable here, else the reason; it
+        runs in a child process. is_accelerator: chosen before a CPU when its probe succeeds.
+    """
+
+    probe: str | None = None
+    is_accelerator: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpSpec(Spec):
+    """A named op for some devices. `target(device: DeviceBackend)` builds the callable that `contracts.ops` defines for `op`.
+
+    replaces: for a fusion, the ops it stands for; chosen only when the model asks for the fused name.
+    """
+
+    op: str
+    devices: frozenset[str]
+    dtypes: frozenset[str]
+    replaces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec(Spec):
+    """An attention kernel. `target(device: DeviceBackend, geometry: AttentionGeometry)` builds an `AttentionKernel`.
+
+    head_sizes, block_sizes: empty means any. layouts: KV layouts it reads ("BSGD": block, slot, KV head, element).
+    features: what it can do beyond causal attention over own blocks ("sliding_window", "soft_cap", "segments", "lse", "tree_mask", ...).
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[str]
+    head_sizes: frozenset[int] = frozenset()
+    block_sizes: frozenset[int] = frozenset()
+    layouts: tuple[str, ...] = ("BSGD",)
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec(Spec):
+    """A model family. `target` is a `ModelFamily`. architectures: names as in config.json's `architectures`."""
+
+    architectures: frozenset[str]
+    dtypes: frozenset[str] = frozenset({"float32", "bfloat16"})
+    devices: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFormatSpec(Spec):
+    """Where weights, configuration and tokenizers come from. `target()` builds a `WeightFormat`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSpec(Spec):
+    """A scheduling policy. `target()` builds a `SchedulerPolicy`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSpec(Spec):
+    """Token choice. `target(device: DeviceBackend)` builds a `Sampler`."""
+
+    devices: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogitsProcessorSpec(Spec):
+    """Something that changes logits before a token is chosen. `target(context: ProcessorContext)` builds a `LogitsProcessor`.
+
+    All that are found are active, in descending rank, then by name; each is asked per sequence whether it applies.
+    works_with: features it stays correct under ("speculation", ...).
+    """
+
+    works_with: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVStoreSpec(Spec):
+    """A place for KV blocks outside device memory. `target(config: Mapping, geometry: KVGeometry)` builds a `KVStore`.
+
+    scopes: "local" (this process), "shared" (this machine), "remote".
+    """
+
+    scopes: frozenset[str] = frozenset({"local"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObserverSpec(Spec):
+    """Gets batched step records, off the step path. `target()` builds an `Observer`. Active only when named in `[use] observers`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandSpec(Spec):
+    """A command of `xllm`. `target` is a `click.Command`, imported when the command runs or its own help is shown."""
+
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginInfo:
+    """What a plugin module says of itself, as `xllm_plugin = PluginInfo(...)`.
+
+    id equals the entry point's name and the plugin's TOML table `[plugin.<id>]`. xllm_api: a version specifier on `API_VERSION`.
+    config: "module:attribute" of the pydantic model that validates the table, None if the plugin takes no settings.
+    """
+
+    id: str
+    xllm_api: str = ">=0.1"
+    config: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PluginContext:
+    """What a hook may read: the plugin's own validated table and the user's core settings, both as plain data."""
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    core: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+API_VERSION = "0.1"
