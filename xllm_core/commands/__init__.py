@@ -1,0 +1,1 @@
+"""Commands of `xllm`, one file each; imported only when they run."""

@@ -5,8 +5,12 @@ Capabilities are data. What a spec does not declare is denied when something ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +26,20 @@ class Spec:
     rank: int = 0
     requires: tuple[str, ...] = ()
     summary: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the shape, and freeze sets and lists given for convenience; raises ValueError or TypeError that names the field."""
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name {self.name!r}: use letters, digits, '_', '-' and '.', and no '/'")
+        if not _TARGET.fullmatch(self.target):
+            raise ValueError(f"{self.name}: target {self.target!r} is not of the form 'package.module:attribute'")
+        for entry in fields(self):
+            kind, value = str(entry.type).partition("[")[0], getattr(self, entry.name)
+            if kind not in ("frozenset", "tuple"):
+                continue
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise TypeError(f"{self.name}: {entry.name} is {value!r}; give a collection, not one value")
+            object.__setattr__(self, entry.name, frozenset(value) if kind == "frozenset" else tuple(value))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,149 @@
+"""Plugin `core`: everything built in, offered through the same hooks as everybody else's parts. Names only; nothing is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.hookspecs import hookimpl
+from xllm_core.plugins.specs import (
+    AttentionSpec,
+    CommandSpec,
+    DeviceSpec,
+    KVStoreSpec,
+    LogitsProcessorSpec,
+    ModelSpec,
+    ObserverSpec,
+    OpSpec,
+    PluginInfo,
+    SamplerSpec,
+    SchedulerSpec,
+    WeightFormatSpec,
+)
+
+xllm_plugin = PluginInfo(id="core", xllm_api=">=0.1", config="xllm_core.config:CorePluginTable")
+
+_REFERENCE = frozenset({"reference"})
+_DTYPES = frozenset({"float32", "bfloat16"})
+
+
+@hookimpl
+def xllm_devices() -> Iterable[DeviceSpec]:
+    """The device that is always there."""
+    yield DeviceSpec(
+        name="reference",
+        target="xllm_core.reference.device:ReferenceDevice",
+        summary="Plain PyTorch on the CPU: slow, obvious, the oracle of the others.",
+    )
+
+
+@hookimpl
+def xllm_ops() -> Iterable[OpSpec]:
+    """The definition of every op: `rms_norm` is `xllm_core.reference.ops:RmsNorm`, and so on."""
+    for op in CORE_OPS:
+        attribute = "".join(part.capitalize() for part in op.split("_"))
+        yield OpSpec(
+            name=op, op=op, target=f"xllm_core.reference.ops:{attribute}", devices=_REFERENCE, dtypes=_DTYPES,
+            summary="the reference",
+        )  # fmt: skip
+
+
+@hookimpl
+def xllm_attention() -> Iterable[AttentionSpec]:
+    """Paged attention in plain PyTorch."""
+    yield AttentionSpec(
+        name="paged",
+        target="xllm_core.reference.attention:ReferenceAttention",
+        devices=_REFERENCE,
+        dtypes=_DTYPES,
+        features=frozenset({"sliding_window", "soft_cap"}),
+        summary="the reference",
+    )
+
+
+@hookimpl
+def xllm_models() -> Iterable[ModelSpec]:
+    """Dense decoders."""
+    architectures = {
+        "llama": ("xllm_core.models.llama:Llama", "LlamaForCausalLM"),
+        "qwen2": ("xllm_core.models.qwen:Qwen2", "Qwen2ForCausalLM"),
+        "qwen3": ("xllm_core.models.qwen:Qwen3", "Qwen3ForCausalLM"),
+    }
+    for name, (target, architecture) in architectures.items():
+        yield ModelSpec(name=name, target=target, architectures=frozenset({architecture}))
+
+
+@hookimpl
+def xllm_weight_formats() -> Iterable[WeightFormatSpec]:
+    """Local files first, an installed package by its prefix, the hub for what nobody else knew."""
+    package = "xllm_core.runtime.formats"
+    yield WeightFormatSpec(
+        name="package", target=f"{package}.package:Package", rank=3,
+        summary="pkg:NAME, weights shipped in an installed Python package",
+    )  # fmt: skip
+    yield WeightFormatSpec(
+        name="gguf", target=f"{package}.gguf_file:GGUF", rank=2, summary="one .gguf file"
+    )
+    yield WeightFormatSpec(
+        name="safetensors", target=f"{package}.safetensors_dir:SafetensorsDirectory", rank=1,
+        summary="a Hugging Face directory",
+    )  # fmt: skip
+    yield WeightFormatSpec(
+        name="hub", target=f"{package}.hub:Hub", rank=-100, summary="OWNER/NAME on the Hugging Face hub"
+    )
+
+
+@hookimpl
+def xllm_schedulers() -> Iterable[SchedulerSpec]:
+    """Policies. The rank makes `fcfs` the one that serves when nobody says otherwise."""
+    yield SchedulerSpec(name="fcfs", target="xllm_core.engine.policy:Fcfs", rank=1, summary="first come, first served")
+    yield SchedulerSpec(name="priority", target="xllm_core.engine.policy:Priority", summary="lower `priority` first")
+
+
+@hookimpl
+def xllm_samplers() -> Iterable[SamplerSpec]:
+    """One sampler for every device."""
+    yield SamplerSpec(
+        name="gumbel", target="xllm_core.runtime.sampler:GumbelSampler", summary="argmax of scores with counter-based noise"
+    )
+
+
+@hookimpl
+def xllm_logits_processors() -> Iterable[LogitsProcessorSpec]:
+    """Additive changes first; what forbids tokens comes last, so that nothing lifts a ban again."""
+    module = "xllm_core.runtime.processors"
+    yield LogitsProcessorSpec(name="penalties", target=f"{module}:Penalties", rank=-10)
+    yield LogitsProcessorSpec(name="logit_bias", target=f"{module}:LogitBias", rank=-20)
+    yield LogitsProcessorSpec(name="min_tokens", target=f"{module}:MinTokens", rank=-90)
+    yield LogitsProcessorSpec(name="allowed_tokens", target=f"{module}:AllowedTokens", rank=-100)
+
+
+@hookimpl
+def xllm_kv_stores() -> Iterable[KVStoreSpec]:
+    """Host memory, bounded by `[plugin.core] host_store_bytes`."""
+    yield KVStoreSpec(
+        name="host", target="xllm_core.kv.host_store:HostStore", scopes=frozenset({"local"}),
+        summary="host memory of this process",
+    )  # fmt: skip
+
+
+@hookimpl
+def xllm_observers() -> Iterable[ObserverSpec]:
+    """One line a while."""
+    yield ObserverSpec(name="log", target="xllm_core.engine.metrics:LogObserver", summary="rates, to the log")
+
+
+@hookimpl
+def xllm_cli() -> Iterable[CommandSpec]:
+    """Commands at the top of `xllm`."""
+    summaries = {
+        "generate": "Complete prompts and print the answers.",
+        "chat": "Talk to a model in the terminal.",
+        "verify": "Prove that switching features on changes no answer.",
+        "bench": "Measure throughput or latency of a model.",
+        "doctor": "Check this machine, the plugins and what they would choose.",
+        "models": "Show a model's facts, or the architectures that can be served.",
+        "plugins": "List plugins, and explain why a part is chosen.",
+    }
+    for name, summary in summaries.items():
+        yield CommandSpec(name=name, target=f"xllm_core.commands.{name}:command", summary=summary)
