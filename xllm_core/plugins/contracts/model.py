@@ -6,7 +6,7 @@ Models never call torch's `linear`, attention or norms: everything comes from `P
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xllm_core.plugins.contracts.kv import KVGroupSpec
@@ -36,11 +36,13 @@ class ForwardContext:
     """One step as layers see it; built by the runner, read only.
 
     positions: [T] int64. kv_slots: per group name, [T] int64 slot of each token. plans: per group name, the kernel's plan.
+    memo: empty when a step begins (a new context per step, or cleared); the first layer keeps there what all of them share, e.g. rope's cos and sin.
     """
 
     positions: torch.Tensor
     kv_slots: Mapping[str, torch.Tensor]
     plans: Mapping[str, Any]
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 class Linear(Protocol):
