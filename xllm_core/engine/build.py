@@ -1,0 +1,146 @@
+"""From an assembly to a running engine: import what was chosen, build it, connect it. Runs once; nothing here is on the step path."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xllm_core.engine.engine import Engine
+from xllm_core.engine.executor import InProcessExecutor
+from xllm_core.engine.metrics import StepLog
+from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
+from xllm_core.errors import ConfigError
+from xllm_core.kv.manager import KVManager
+from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVStore
+from xllm_core.plugins.contracts.sampling import ProcessorContext
+from xllm_core.plugins.manager import load_target
+from xllm_core.plugins.plan import AssemblyPlan, Choice
+
+if TYPE_CHECKING:
+    from xllm_core.config import Settings
+    from xllm_core.plugins.contracts.device import DeviceBackend
+    from xllm_core.plugins.resolve import Assembly
+
+_MEMORY_SHARE = 0.25  # of what is free, for KV, where the user gives no number
+_WINDOW_SPARE_BLOCKS = 2
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what it is made of. load_s: seconds of opening weights and building."""
+
+    engine: Engine
+    geometry: KVGeometry
+    device: DeviceBackend
+    store: KVStore | None
+    load_s: float
+
+
+def build_engine(assembly: Assembly, settings: Settings, *, progress: Progress | None = None) -> BuiltEngine:
+    """Build what the plan names. progress: called as (tensor name, bytes done, bytes in all) while weights load."""
+    from xllm_core.runtime.loader import load_weights
+    from xllm_core.runtime.parts import CoreParts
+    from xllm_core.runtime.worker import Worker, WorkerParts
+
+    started_s = time.perf_counter()
+    plan = assembly.plan
+    device: DeviceBackend = _build(plan.device, plan.device_index)
+    if settings.device.num_threads is not None:
+        _set_threads(settings.device.num_threads)
+    geometry = plan_geometry(assembly, settings, device)
+    family = load_target(plan.model.target, owner=plan.model.name)
+    family = family() if isinstance(family, type) else family
+    kernels = {group: _build(choice, device, plan.geometry[group]) for group, choice in plan.attention.items()}
+    ops = {name: _build(choice, device) for name, choice in plan.ops.items()}
+    parts = CoreParts(device=device, dtype=plan.dtype, ops=ops, kernels=kernels)
+    model = family.build(assembly.checkpoint.config, parts)
+    load_weights(assembly.checkpoint, family.weight_map(assembly.checkpoint.config), parts, progress=progress)
+    vocab_size = assembly.shape.vocab_size
+    context = ProcessorContext(settings.scheduler.max_num_seqs, vocab_size, device.facts().torch_device)
+    store = _build_store(plan, geometry)
+    worker = Worker(
+        WorkerParts(
+            device=device, model=model, kernels=kernels, copy_blocks=ops["block_copy"], sampler=_build(plan.sampler, device),
+            processors=[_build(choice, context) for choice in plan.logits_processors], bind_kv=parts.bind_kv,
+        ),
+        geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
+    )  # fmt: skip
+    scheduler = Scheduler(
+        KVManager(geometry, enable_prefix_cache=settings.kv.enable_prefix_cache, index=store.index() if store is not None else None),
+        _build(plan.scheduler),
+        SchedulerLimits(
+            max_num_seqs=settings.scheduler.max_num_seqs, max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
+            max_chunk_tokens=settings.scheduler.max_chunk_tokens, max_waiting=settings.scheduler.max_waiting,
+            max_model_len=plan.max_model_len,
+        ),
+    )  # fmt: skip
+    step_log = StepLog([_build(choice) for choice in plan.observers])
+    engine = Engine(scheduler, InProcessExecutor(worker), vocab_size=vocab_size, step_log=step_log)
+    return BuiltEngine(engine, geometry, device, store, time.perf_counter() - started_s)
+
+
+def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend) -> KVGeometry:
+    """How many blocks each KV group gets: from [kv] num_blocks, or [kv] memory_bytes, or a share of what is free."""
+    from xllm_core.runtime.kv_cache import block_bytes
+
+    plan, kv = assembly.plan, settings.kv
+    groups = tuple(assembly.kv_groups)
+    sizes = tuple(block_bytes(group, plan.block_size) for group in groups)
+    needs = tuple(_blocks_per_sequence(group, plan.block_size, plan.max_model_len) for group in groups)
+    most = settings.scheduler.max_num_seqs
+    if kv.num_blocks is not None:
+        # The number speaks of the group that needs most; the others follow in proportion.
+        counts = tuple(max(_blocks_at_least(g), -(-kv.num_blocks * need // max(needs))) for g, need in zip(groups, needs, strict=True))
+    else:
+        budget = kv.memory_bytes if kv.memory_bytes is not None else int(device.memory().free_bytes * _MEMORY_SHARE)
+        per_sequence = sum(size * need for size, need in zip(sizes, needs, strict=True))
+        sequences = min(float(most), budget / per_sequence)
+        counts = tuple(int(need * sequences) for need in needs)
+        if any(count < _blocks_at_least(group) for group, count in zip(groups, counts, strict=True)):
+            raise ConfigError(
+                f"[kv] memory_bytes = {budget} holds {counts} KV blocks of {sizes} bytes, too few for a single short sequence; "
+                f"one sequence of {plan.max_model_len} tokens takes {per_sequence} bytes"
+            )
+    free = device.memory().free_bytes
+    total = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    if total > free:
+        raise ConfigError(f"{counts} KV blocks take {total} bytes, {plan.device.name} has {free} free; lower [kv] num_blocks or memory_bytes")
+    text = "|".join((assembly.checkpoint.fingerprint(), plan.dtype, plan.kv_layout, str(plan.block_size), "rank 0 of 1"))
+    return KVGeometry(groups, plan.block_size, counts, sizes, plan.kv_layout, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _blocks_per_sequence(group: KVGroupSpec, block_size: int, max_model_len: int) -> int:
+    if group.kind == "recurrent":
+        return 4  # the working state and a few snapshots to come back to
+    tokens = max_model_len if group.window is None else min(max_model_len, group.window)
+    return -(-tokens // block_size) + (0 if group.window is None else _WINDOW_SPARE_BLOCKS)
+
+
+def _blocks_at_least(group: KVGroupSpec) -> int:
+    return 2 if group.kind == "recurrent" else 1
+
+
+def _build(choice: Choice, *arguments: Any) -> Any:
+    """Import a chosen target and call it."""
+    return load_target(choice.target, owner=choice.name)(*arguments)
+
+
+def _build_store(plan: AssemblyPlan, geometry: KVGeometry) -> KVStore | None:
+    if plan.kv_store is None:
+        return None
+    settings: Mapping[str, Any] = plan.plugin_settings.get(plan.kv_store.plugin, {})
+    store: KVStore = _build(plan.kv_store, settings, geometry)
+    return store
+
+
+def _set_threads(num_threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+

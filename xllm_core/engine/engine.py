@@ -1,0 +1,115 @@
+"""One engine, one loop, tokens in and out. No text, no HTTP, no plugin look-ups."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from xllm_core.engine.executor import Executor, StepFuture, StepHandle
+from xllm_core.engine.metrics import StepLog
+from xllm_core.engine.scheduler import Scheduler
+from xllm_core.errors import InvalidRequestError
+from xllm_core.plugins.contracts.observer import StepRecord
+from xllm_core.types import EngineRequest, StepPlan, TokenOutput
+
+_STORE_POLL_S = 0.001
+
+
+@dataclass(slots=True)
+class _Running:
+    plan: StepPlan
+    handle: StepHandle
+    future: StepFuture
+    started_s: float
+    schedule_s: float
+    num_preempted: int
+
+
+class Engine:
+    """Owns the scheduler and the executor. Not thread-safe: one thread submits, steps and aborts.
+
+    depth: plans in flight. With 1 a step is whole before the next is scheduled; with 2 the next is scheduled while it runs.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, *, vocab_size: int, step_log: StepLog | None = None, depth: int = 1) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.vocab_size = vocab_size
+        self.step_log = step_log or StepLog()
+        self._depth = depth
+        self._running: deque[_Running] = deque()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request; raises RequestError and leaves everything as it was when it cannot be served."""
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequestError(f"request {request.request_id!r}: the prompt is empty; give at least one token", param="prompt")
+        self._check_ids(request.request_id, "prompt", prompt)
+        for tokens in request.emitted:
+            self._check_ids(request.request_id, "emitted", tokens)
+        if request.emitted and len(request.emitted) != request.params.n:
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: emitted tokens of {len(request.emitted)} sequences for n = {request.params.n}; give one list each",
+                param="emitted",
+            )
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> int:
+        """Drop a request or one of its sequences at once; returns how many sequences were dropped. Nothing more comes out for them."""
+        return self.scheduler.abort(request_id, index)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_work
+
+    def step(self) -> list[TokenOutput]:
+        """Schedule, execute, sample, update, emit: one pass. Returns the new tokens of every sequence that got some."""
+        while not self._running or (len(self._running) < self._depth and self.scheduler.can_schedule):
+            self._launch()
+        step = self._running.popleft()
+        result = step.future.result()
+        sampled_s = time.perf_counter()
+        outputs = self.scheduler.update(result)
+        self._record(step, time.perf_counter() - sampled_s)
+        if step.plan.is_empty and self.scheduler.is_waiting_for_kv_only:
+            time.sleep(_STORE_POLL_S)  # only a store can wake us; it answers in milliseconds
+        return outputs
+
+    def close(self) -> None:
+        """Stop the worker and the observers. What is unfinished stays unfinished."""
+        self._running.clear()
+        self.executor.close()
+        self.step_log.close()
+
+    def _launch(self) -> None:
+        started_s = time.perf_counter()
+        num_preempted = self.scheduler.stats.num_preemptions
+        plan = self.scheduler.schedule()
+        schedule_s = time.perf_counter() - started_s
+        handle = self.executor.execute(plan)
+        num_preempted = self.scheduler.stats.num_preemptions - num_preempted
+        self._running.append(_Running(plan, handle, self.executor.sample(handle), started_s, schedule_s, num_preempted))
+
+    def _record(self, step: _Running, emit_s: float) -> None:
+        scheduler, times = self.scheduler, step.handle.times
+        used, total = scheduler.kv.usage()
+        self.step_log.add(
+            StepRecord(
+                step=step.plan.step, started_s=step.started_s, schedule_s=step.schedule_s, prepare_s=times.prepare_s,
+                forward_s=times.forward_s, sample_s=times.sample_s, emit_s=emit_s, num_rows=len(step.plan.slots),
+                num_tokens=step.plan.num_tokens, num_running=len(scheduler.running),
+                num_waiting=len(scheduler.waiting) + len(scheduler.parked), num_preempted=step.num_preempted,
+                used_blocks=used, total_blocks=total,
+            )  # fmt: skip
+        )
+
+    def _check_ids(self, request_id: str, what: str, token_ids: object) -> None:
+        ids = list(token_ids)  # type: ignore[call-overload]
+        low, high = (min(ids), max(ids)) if ids else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise InvalidRequestError(
+                f"request {request_id!r}: token id {bad} in {what} is outside the vocabulary 0..{self.vocab_size - 1}", param=what
+            )

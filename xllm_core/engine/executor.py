@@ -1,0 +1,86 @@
+"""Where a plan runs. The engine sees handles and futures; a worker may be this process, a thread, or another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from xllm_core.types import StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens."""
+
+    prepare_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class StepHandle(Protocol):
+    """A forward under way."""
+
+    times: StepTimes
+
+
+class StepFuture(Protocol):
+    """Tokens under way. `result` waits, and raises what the worker raised."""
+
+    def result(self) -> StepResult:
+        """The outcome of the step."""
+
+
+class StepWorker(Protocol):
+    """What an executor drives; `xllm_core.runtime.worker.Worker` is one."""
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Apply the plan's state changes and run the forward."""
+
+    def sample(self, handle: StepHandle) -> StepResult:
+        """Choose tokens from the handle's logits."""
+
+    def close(self) -> None:
+        """Give back memory and threads."""
+
+
+class Executor(Protocol):
+    """Runs plans in the order given. `execute` and `sample` may return before the work is done."""
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Hand over a plan."""
+
+    def sample(self, handle: StepHandle) -> StepFuture:
+        """Ask for its tokens."""
+
+    def close(self) -> None:
+        """Stop the worker."""
+
+
+@dataclass(slots=True)
+class _Lazy:
+    """A result computed by whoever asks first: the in-process executor has nobody else to do it."""
+
+    compute: Callable[[], StepResult]
+
+    def result(self) -> StepResult:
+        return self.compute()
+
+
+class InProcessExecutor:
+    """One worker in the caller's thread; a handle is ready when it is returned."""
+
+    def __init__(self, worker: StepWorker) -> None:
+        self._worker = worker
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Run the forward now."""
+        return self._worker.execute(plan)
+
+    def sample(self, handle: StepHandle) -> StepFuture:
+        """Choose tokens when the result is asked for."""
+        return _Lazy(lambda: self._worker.sample(handle))
+
+    def close(self) -> None:
+        """Close the worker."""
+        self._worker.close()

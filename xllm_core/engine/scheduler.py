@@ -1,0 +1,446 @@
+"""Which tokens the next forward computes, for whom, and what becomes of the tokens that come back.
+
+One idea: every sequence has a gap between the tokens it knows and the tokens whose KV exists; a step closes part of it, within the
+token budget and the block pool. Chunks, decode, prefix hits and forks differ only in the size of the gap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from xllm_core.engine.sequence import Sequence, Status
+from xllm_core.errors import InvalidRequestError, PromptTooLongError, QueueFullError, RequestTooLargeError
+from xllm_core.kv.manager import KVManager, Lookup, SequenceKV
+from xllm_core.plugins.contracts.scheduler import SchedulerPolicy
+from xllm_core.types import EngineRequest, FinishReason, StepPlan, StepResult, TokenOutput
+
+
+@dataclass(slots=True)
+class SchedulerLimits:
+    """Bounds of a step and of the queue. max_chunk_tokens: tokens of one sequence in one step, 0 for no bound of its own.
+
+    max_store_wait_s: how long a store may answer "later" before the prefix is computed instead.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_chunk_tokens: int = 0
+    max_waiting: int = 10_000
+    max_model_len: int = 2048
+    max_store_wait_s: float = 5.0
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_chunked: int = 0
+    num_forks: int = 0
+    num_waited_for_kv: int = 0
+    num_store_timeouts: int = 0
+    num_aborted: int = 0
+    num_finished: int = 0
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What a plan was made of, until its result is in. A sequence whose `kv` changed since has left; its result is dropped."""
+
+    plan: StepPlan
+    rows: list[tuple[Sequence, SequenceKV | None]] = field(default_factory=list)
+    samples: list[tuple[Sequence, SequenceKV | None]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues, slots and budgets of one engine. Imports no torch; called by one thread."""
+
+    def __init__(self, kv: KVManager, policy: SchedulerPolicy, limits: SchedulerLimits) -> None:
+        self.kv = kv
+        self.policy = policy
+        self.limits = limits
+        self.stats = SchedulerStats()
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.parked: list[Sequence] = []  # WAITING_KV
+        self._requests: dict[str, list[Sequence]] = {}
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._num_seats = 0
+        self._released: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._arrivals = 0
+        self._step = 0
+        self._is_order_stale = False
+
+    # ---- requests in and out -------------------------------------------------------------------------------------------
+
+    def check(self, request: EngineRequest) -> int:
+        """The length at which `request` ends at the latest, in tokens; raises RequestError for what can never run here."""
+        params, prompt = request.params, len(request.prompt_token_ids)
+        context, capacity = self.limits.max_model_len, self.kv.capacity_tokens
+        if prompt >= context:
+            raise PromptTooLongError(request.request_id, prompt_tokens=prompt, max_model_len=context)
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, min(context, capacity + 1) - prompt)
+        elif prompt + max_tokens > context:
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: prompt {prompt} + max_tokens {max_tokens} exceeds the context of {context} tokens; "
+                f"lower max_tokens to {context - prompt} or shorten the prompt",
+                param="max_tokens",
+            )
+        if prompt + max_tokens - 1 > capacity:
+            raise RequestTooLargeError(request.request_id, prompt_tokens=prompt, max_tokens=max_tokens, capacity_tokens=capacity)
+        if params.n > self.limits.max_num_seqs:
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: n = {params.n} sequences do not fit [scheduler] max_num_seqs = "
+                f"{self.limits.max_num_seqs}; lower n or raise the setting",
+                param="n",
+            )
+        return prompt + max_tokens
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request; raises RequestError and leaves no trace if it can never run or too many wait."""
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use; choose another")
+        if len(self.waiting) + len(self.parked) >= self.limits.max_waiting:
+            raise QueueFullError(
+                f"{len(self.waiting) + len(self.parked)} sequences wait already ([scheduler] max_waiting = {self.limits.max_waiting});"
+                " try again later"
+            )
+        max_len = self.check(request)
+        num_roots = len(request.emitted) or 1
+        order = self._arrivals
+        self._arrivals += 1
+        roots = [
+            Sequence(request, i, arrival_order=order, max_len=max_len, num_siblings=request.params.n - num_roots)
+            for i in range(num_roots)
+        ]
+        self._requests[request.request_id] = roots
+        self.waiting.extend(roots)
+        self._is_order_stale = True
+
+    def abort(self, request_id: str, index: int | None = None) -> int:
+        """Drop a request, or one sequence of it; unknown ids are fine (it may just have finished). Returns sequences dropped."""
+        dropped = [s for s in self._requests.get(request_id, ()) if index is None or s.index == index]
+        for sequence in dropped:
+            if index is not None and sequence.num_siblings:
+                raise InvalidRequestError(f"sequence {index} of {request_id!r} has not forked yet; abort the request as a whole")
+            self._leave(sequence)
+            self._forget(sequence)
+        if dropped:
+            self.running = [s for s in self.running if s.status is Status.RUNNING]
+        self.stats.num_aborted += len(dropped)
+        return len(dropped)
+
+    @property
+    def can_schedule(self) -> bool:
+        """Whether another plan could have anything in it, be it only slots to give back."""
+        return bool(self.running or self.waiting or self.parked or self._released)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished or a plan is in flight."""
+        return self.can_schedule or bool(self._in_flight)
+
+    @property
+    def is_waiting_for_kv_only(self) -> bool:
+        """Nothing can be computed until a store answers."""
+        return bool(self.parked) and not self.running and not self.waiting
+
+    def live_sequences(self) -> dict[str, list[Sequence]]:
+        """Unfinished sequences by request; for reports and tests, not to be changed."""
+        return self._requests
+
+    # ---- a step ---------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Choose how many tokens each sequence computes in the next forward; the plan may be empty."""
+        plan = StepPlan(step=self._step)
+        self._step += 1
+        plan.released, self._released = self._released, []
+        flight = _InFlight(plan)
+        num_preempted = self.stats.num_preemptions
+        self._plan_running(plan, flight)
+        # Preempting and admitting in one step would hand the freed blocks to a newcomer, and thrash.
+        if self.stats.num_preemptions == num_preempted:
+            self._unpark()
+            self._admit(plan, flight)
+        plan.kv = self.kv.take_changes()
+        # A preempted sequence gives its slot back in the very plan that no longer holds a row of it.
+        plan.released += self._released
+        self._released = []
+        self._in_flight.append(flight)
+        self.stats.num_steps += 1
+        return plan
+
+    def _plan_running(self, plan: StepPlan, flight: _InFlight) -> None:
+        budget, i, running = self.limits.max_num_batched_tokens, 0, self.running
+        while i < len(running) and budget > plan.num_tokens:
+            sequence = running[i]
+            want = len(sequence.tokens) + sequence.num_pending - sequence.num_computed
+            if want > 1:
+                want = self._chunk(sequence, want, budget - plan.num_tokens)
+            elif len(sequence.tokens) + sequence.num_pending >= sequence.max_len:
+                want = 0  # its last token is in flight
+            if want and sequence.sample_step != plan.step:  # a twin forked a moment ago has its turn in the next step
+                end = sequence.num_computed + want
+                kv = sequence.kv
+                assert kv is not None
+                if end > kv.capacity_tokens and not self._make_room(sequence, end, i, plan.step):
+                    continue  # it gave way itself; running[i] is the next one
+                self._add_row(plan, flight, sequence, want)
+            i += 1
+
+    def _make_room(self, sequence: Sequence, end: int, first_victim: int, step: int) -> bool:
+        """Reserve room up to `end`, preempting sequences not planned yet; False if `sequence` itself had to go."""
+        assert sequence.kv is not None
+        while not self.kv.reserve(sequence.kv, end):
+            candidates = [s for s in self.running[first_victim:] if s.sample_step != step]
+            victim = candidates[self.policy.victims([s.view() for s in candidates], time.monotonic())[0]]
+            self.running.remove(victim)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._leave(victim)
+        victim.status = Status.WAITING
+        victim.num_computed = victim.num_pending = 0
+        victim.sample_step = -1
+        victim.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self.waiting.appendleft(victim)
+        self._is_order_stale = True
+
+    def _chunk(self, sequence: Sequence, todo: int, budget: int) -> int:
+        """Tokens of a gap wider than one to compute now; 0 leaves the sequence for a later step."""
+        if self.limits.max_chunk_tokens:
+            budget = min(budget, self.limits.max_chunk_tokens)
+        want = max(0, min(self.policy.chunk(sequence.view(), budget), todo, budget))
+        self.stats.num_chunked += 0 < want < todo
+        return want
+
+    # ---- admission --------------------------------------------------------------------------------------------------------
+
+    def _admit(self, plan: StepPlan, flight: _InFlight) -> None:
+        budget = self.limits.max_num_batched_tokens
+        if self.waiting and (self._is_order_stale or not self.policy.is_static):
+            order = self.policy.order([s.view() for s in self.waiting], time.monotonic())
+            waiting = list(self.waiting)
+            self.waiting = deque(waiting[i] for i in order)
+            self._is_order_stale = False
+        # The head is never skipped: a big request must not starve behind small ones.
+        while self.waiting and plan.num_tokens < budget:
+            sequence = self.waiting[0]
+            if self._num_seats + sequence.num_seats > self.limits.max_num_seqs:
+                break
+            found = self.kv.lookup(
+                sequence.tokens, salt=sequence.request.salt, use_cache=not sequence.wants_prompt_logprobs,
+                use_store=sequence.can_use_store,
+            )  # fmt: skip
+            if found.is_later or found.num_store_blocks:
+                if not self._park(sequence, found):
+                    break
+                continue
+            want = self._chunk_new(sequence, found, budget - plan.num_tokens)
+            slot = self._free_slots[-1]
+            kv = self.kv.admit(found, sequence.tokens, found.num_cached_tokens + want, slot) if want else None
+            if kv is None:
+                break
+            self._enter(plan, sequence, kv, found.num_cached_tokens)
+            self._add_row(plan, flight, sequence, want)
+
+    def _chunk_new(self, sequence: Sequence, found: Lookup, budget: int) -> int:
+        sequence.num_computed = found.num_cached_tokens
+        todo = len(sequence.tokens) - sequence.num_computed
+        want = self._chunk(sequence, todo, budget)
+        sequence.num_computed = 0
+        return want
+
+    def _enter(self, plan: StepPlan, sequence: Sequence, kv: SequenceKV, num_cached: int) -> None:
+        self.waiting.popleft()
+        sequence.status, sequence.kv, sequence.slot = Status.RUNNING, kv, self._free_slots.pop()
+        sequence.num_computed = num_cached
+        sequence.num_cached = max(sequence.num_cached, min(num_cached, sequence.num_prompt))
+        self._num_seats += sequence.num_seats
+        self.running.append(sequence)
+        plan.admitted.append(sequence.slot_state())
+
+    def _park(self, sequence: Sequence, found: Lookup) -> bool:
+        """Set aside a sequence whose KV a store may bring; False if there is no room for it now."""
+        if not found.is_later:
+            kv = self.kv.load(found, sequence.tokens)
+            if kv is None:
+                return False
+            sequence.kv = kv
+        self.waiting.popleft()
+        sequence.status = Status.WAITING_KV
+        self.parked.append(sequence)
+        if sequence.parked_s is None:
+            sequence.parked_s = time.monotonic()
+            self.stats.num_waited_for_kv += 1
+        return True
+
+    def _unpark(self) -> None:
+        """Sequences whose load ended, or whose store should be asked again, go back to the queue in their old place.
+
+        What was loaded is published by then, so the ordinary admission finds it as a prefix hit.
+        """
+        still, now_s = [], time.monotonic()
+        for sequence in self.parked:
+            if sequence.kv is not None:
+                if sequence.kv.ticket is not None:
+                    still.append(sequence)
+                    continue
+                self.kv.release(sequence.kv)
+                sequence.kv = None
+                sequence.can_use_store = False
+            elif sequence.parked_s is not None and now_s - sequence.parked_s > self.limits.max_store_wait_s:
+                sequence.can_use_store = False  # a store that never answers costs this much, then the prefix is computed
+                self.stats.num_store_timeouts += 1
+            sequence.status = Status.WAITING
+            self.waiting.appendleft(sequence)
+            self._is_order_stale = True
+        self.parked = still
+
+    # ---- rows and samples ---------------------------------------------------------------------------------------------------
+
+    def _add_row(self, plan: StepPlan, flight: _InFlight, sequence: Sequence, want: int) -> None:
+        start = sequence.num_computed
+        end = start + want
+        tokens = sequence.tokens
+        row = len(plan.slots)
+        plan.slots.append(sequence.slot)
+        plan.starts.append(start)
+        plan.lengths.append(want)
+        plan.num_tokens += want
+        sequence.num_computed = end
+        num_known = len(tokens) + sequence.num_pending
+        if want == 1 and end == num_known and sequence.sample_step == plan.step - 1:
+            plan.prev_rows.append(sequence.sample_index)
+        else:
+            plan.prev_rows.append(-1)
+            plan.token_ids += tokens[start:end] if want > 1 else (tokens[start],)
+        flight.rows.append((sequence, sequence.kv))
+        if sequence.wants_prompt_logprobs and start < sequence.num_prompt:
+            count = sequence.request.params.prompt_logprobs or 0
+            plan.prompt_logprobs.append((row, count))
+            plan.prompt_targets += tokens[start + 1 : end + 1]
+            if end == num_known:
+                plan.prompt_targets.append(-1)  # the last position predicts the first new token, which is not the prompt's
+        if end == num_known:
+            self._add_sample(plan, flight, sequence, row, end)
+            if sequence.num_siblings:
+                self._fork(plan, flight, sequence, row, end)
+
+    def _add_sample(self, plan: StepPlan, flight: _InFlight, sequence: Sequence, row: int, position: int) -> None:
+        sequence.sample_step, sequence.sample_index = plan.step, len(plan.sample_rows)
+        sequence.num_pending += 1
+        plan.sample_rows.append(row)
+        plan.sample_slots.append(sequence.slot)
+        plan.sample_positions.append(position)
+        flight.samples.append((sequence, sequence.kv))
+
+    def _fork(self, plan: StepPlan, flight: _InFlight, root: Sequence, row: int, position: int) -> None:
+        """The prompt is computed once; each sibling samples its own first token from the same logits and goes its own way."""
+        assert root.kv is not None
+        for index in range(1, root.num_siblings + 1):
+            slot = self._free_slots.pop()
+            twin = root.fork(index, slot, self.kv.fork(root.kv, slot))
+            plan.forked.append((root.slot, slot, index))
+            self._add_sample(plan, flight, twin, row, position)
+            self._requests[root.request.request_id].append(twin)
+            self.running.append(twin)
+            self.stats.num_forks += 1
+        root.num_siblings = 0
+
+    # ---- results ----------------------------------------------------------------------------------------------------------
+
+    def update(self, result: StepResult) -> list[TokenOutput]:
+        """Take the result of the oldest plan in flight: publish blocks, append tokens, end sequences. Returns what is new."""
+        flight = self._in_flight.popleft()
+        plan = flight.plan
+        for ticket, has_succeeded in result.finished_transfers:
+            self.kv.finish_transfer(ticket, has_succeeded)
+        for (sequence, kv), start, length in zip(flight.rows, plan.starts, plan.lengths, strict=True):
+            if kv is not None and sequence.kv is kv and start + length >= kv.next_commit_tokens:
+                self.kv.commit(kv, sequence.tokens, start + length)
+        outputs: list[TokenOutput] = []
+        if plan.prompt_logprobs:
+            self._score_prompts(flight, result, outputs)
+        logprobs = result.logprobs
+        num_finished = 0
+        for j, (sequence, kv) in enumerate(flight.samples):
+            if sequence.kv is not kv:
+                continue  # finished, aborted or preempted while the step ran
+            sequence.num_pending -= 1
+            new, reason, stop = self._append(sequence, result.token_ids[j])
+            output = TokenOutput(sequence.request.request_id, sequence.index, new, reason, stop, sequence.num_cached)
+            if logprobs is not None:
+                found = logprobs[j]
+                output.logprobs = found[: len(new)] if found is not None else None
+            outputs.append(output)
+            if reason is not None:
+                self._leave(sequence)
+                self._forget(sequence)
+                num_finished += 1
+        if num_finished:
+            self.running = [s for s in self.running if s.status is Status.RUNNING]
+            self.stats.num_finished += num_finished
+        return outputs
+
+    def _append(self, sequence: Sequence, new: Seq[int]) -> tuple[Seq[int], FinishReason | None, int | None]:
+        """Add accepted tokens up to the one that ends the sequence. Returns (tokens kept, reason, stop token)."""
+        tokens, stop_ids = sequence.tokens, sequence.stop_ids
+        for i, token in enumerate(new):
+            tokens.append(token)
+            if token in stop_ids:
+                return new[: i + 1], "stop", token
+            if len(tokens) >= sequence.max_len:
+                return new[: i + 1], "length", None
+        return new, None, None
+
+    def _score_prompts(self, flight: _InFlight, result: StepResult, outputs: list[TokenOutput]) -> None:
+        for (row, _), scores in zip(flight.plan.prompt_logprobs, result.prompt_logprobs, strict=True):
+            sequence, kv = flight.rows[row]
+            if sequence.kv is not kv:
+                continue
+            start = flight.plan.starts[row]
+            new = scores[max(0, sequence.num_scored - start) : max(0, sequence.num_prompt - 1 - start)]
+            sequence.num_scored += len(new)
+            if new:
+                outputs.append(
+                    TokenOutput(sequence.request.request_id, sequence.index, (), num_cached_tokens=sequence.num_cached, prompt_logprobs=new)
+                )
+
+    # ---- leaving ------------------------------------------------------------------------------------------------------------
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give back blocks, slot and seats; the caller takes it out of `running`."""
+        if sequence.kv is not None:
+            self.kv.release(sequence.kv)
+            sequence.kv = None
+        if sequence.slot >= 0:
+            self._released.append(sequence.slot)
+            self._free_slots.append(sequence.slot)
+            self._num_seats -= sequence.num_seats
+            sequence.slot = -1
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.WAITING_KV:
+            self.parked.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def _forget(self, sequence: Sequence) -> None:
+        request_id = sequence.request.request_id
+        left = [s for s in self._requests[request_id] if s is not sequence]
+        if left:
+            self._requests[request_id] = left
+        else:
+            del self._requests[request_id]

@@ -1,0 +1,152 @@
+"""One forward: gather, plan, embed, layers, head; then logits to tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from xllm_core.plugins.contracts.attention import AttentionKernel
+from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.model import ForwardContext, Model
+from xllm_core.plugins.contracts.sampling import Sampler
+from xllm_core.runtime.inputs import InputBuffers, StepInputs
+from xllm_core.runtime.kv_cache import KVCache
+from xllm_core.runtime.logprobs import score_rows, score_targets
+from xllm_core.runtime.sampling_state import SamplingState
+from xllm_core.types import StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of one step on the worker."""
+
+    prepare_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+@dataclass(slots=True)
+class RunnerHandle:
+    """A forward and what its samples need. hidden: [T, H] after the last layer, kept only where prompt logprobs are asked for."""
+
+    plan: StepPlan
+    logits: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    inputs: StepInputs | None = None
+    times: StepTimes = field(default_factory=StepTimes)
+
+
+class ModelRunner:
+    """Drives a model over plans. Holds only things bound at start; nothing is looked up by name between two tokens."""
+
+    def __init__(
+        self, device: DeviceBackend, model: Model, *, kernels: Mapping[str, AttentionKernel], inputs: InputBuffers, cache: KVCache,
+        sampler: Sampler, sampling: SamplingState, copy_blocks: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self._device = device
+        self._model = model
+        self._kernels = tuple(kernels.items())
+        self._inputs = inputs
+        self._cache = cache
+        self._sampler = sampler
+        self._sampling = sampling
+        self._copy_blocks = copy_blocks
+        self._previous = torch.zeros((0, 1), dtype=torch.int64, device=device.facts().torch_device)
+
+    def forward(self, plan: StepPlan) -> RunnerHandle:
+        """Run the forward of the plan's rows, if it has any; `apply` came before."""
+        started_s = time.perf_counter()
+        handle = RunnerHandle(plan)
+        if plan.is_empty:
+            return handle
+        with torch.inference_mode():
+            inputs = self._inputs.gather(plan, self._previous)
+            plans = {name: kernel.plan(inputs.layouts[name]) for name, kernel in self._kernels}
+            prepared_s = time.perf_counter()
+            hidden = self._model.embed(inputs.token_ids)
+            ctx = ForwardContext(inputs.positions, inputs.kv_slots, plans)
+            for layer in self._model.layers:
+                hidden = layer(hidden, ctx)
+            if plan.sample_rows:
+                handle.logits = self._logits(plan, inputs, hidden)
+            if plan.prompt_logprobs:
+                handle.hidden, handle.inputs = hidden, inputs
+        handle.times.prepare_s = prepared_s - started_s
+        handle.times.forward_s = time.perf_counter() - prepared_s
+        return handle
+
+    def sample(self, handle: RunnerHandle) -> StepResult:
+        """Choose a token for every sample of the handle's plan."""
+        started_s = time.perf_counter()
+        plan = handle.plan
+        with torch.inference_mode():
+            result = self._sample(plan, handle.logits) if handle.logits is not None else StepResult(())
+            if not plan.sample_rows:
+                self._previous = self._previous[:0]
+            if handle.hidden is not None and handle.inputs is not None:
+                result.prompt_logprobs = self._score_prompts(plan, handle.hidden, handle.inputs)
+        handle.times.sample_s = time.perf_counter() - started_s
+        return result
+
+    def apply(self, plan: StepPlan) -> None:
+        """The plan's state changes, in the order `StepPlan` gives: slots, block copies, block tables."""
+        sampling = self._sampling
+        if plan.released:
+            sampling.release(plan.released)
+        for state in plan.admitted:
+            sampling.admit(state)
+        for source, destination, index in plan.forked:
+            sampling.fork(source, destination, index)
+        copies = plan.kv.copies
+        at = 0
+        while at < len(copies):  # runs of one group, in order: a later copy may read what an earlier one wrote
+            group, end = copies[at][0], at + 1
+            written = {copies[at][2]}
+            while end < len(copies) and copies[end][0] == group and copies[end][1] not in written and copies[end][2] not in written:
+                written.add(copies[end][2])
+                end += 1
+            source = torch.tensor([c[1] for c in copies[at:end]], dtype=torch.int64)
+            target = torch.tensor([c[2] for c in copies[at:end]], dtype=torch.int64)
+            self._copy_blocks(tuple(self._cache.tensors(group)), self._device.to_device(source), self._device.to_device(target))
+            at = end
+        if plan.kv.table_writes:
+            self._inputs.write_tables(plan.kv.table_writes)
+
+    def _logits(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, V] float32. A row sampled for several slots goes through the head once and is repeated."""
+        rows, repeat = np.unique(plan.sample_rows, return_inverse=True)
+        last = inputs.row_starts[1:][rows].astype(np.int64) - 1
+        logits = self._model.head(hidden[self._device.to_device(torch.from_numpy(last))])
+        if len(rows) == len(repeat):  # plans list samples in row order, so distinct rows are in order already
+            return logits
+        return logits[self._device.to_device(torch.from_numpy(repeat))]
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
+        sampling, slots = self._sampling, plan.sample_slots
+        counts = sampling.num_logprobs(slots)
+        # Processors and samplers write into the logits, and reported logprobs are those of the model.
+        raw = logits.clone() if counts is not None else logits
+        if sampling.has_processors:
+            logits = sampling.process(logits, slots)
+        tokens = self._sampler.sample(logits, sampling.batch(slots, plan.sample_positions))
+        self._previous = tokens.unsqueeze(-1)
+        chosen: list[int] = tokens.tolist()
+        sampling.observe(slots, chosen)
+        logprobs: list[list[TokenLogprobs] | None] | None = None
+        if counts is not None:
+            logprobs = [[s] if s is not None else None for s in score_rows(raw, chosen, counts)]
+        return StepResult([(t,) for t in chosen], logprobs)
+
+    def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor, inputs: StepInputs) -> Sequence[Sequence[TokenLogprobs]]:
+        scores: list[list[TokenLogprobs]] = []
+        at = 0
+        for row, count in plan.prompt_logprobs:
+            first, end = int(inputs.row_starts[row]), int(inputs.row_starts[row + 1])
+            targets = plan.prompt_targets[at : at + end - first]
+            at += end - first
+            scores.append(score_targets(self._model.head, hidden[first:end], targets, count))
+        return scores

@@ -1,0 +1,81 @@
+"""One process, one device: built from an assembly, then driven by plans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from xllm_core.errors import ConfigError
+from xllm_core.plugins.contracts.attention import AttentionKernel
+from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
+from xllm_core.plugins.contracts.model import Model
+from xllm_core.plugins.contracts.sampling import LogitsProcessor, Sampler
+from xllm_core.runtime.inputs import InputBuffers
+from xllm_core.runtime.kv_cache import KVCache
+from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
+from xllm_core.runtime.sampling_state import SamplingState
+from xllm_core.types import StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class WorkerParts:
+    """Everything a worker is made of, already chosen and built; see `xllm_core.engine.build`.
+
+    bind_kv: gives each attention layer its cache tensors.
+    """
+
+    device: DeviceBackend
+    model: Model
+    kernels: Mapping[str, AttentionKernel]
+    copy_blocks: Callable[..., None]
+    sampler: Sampler
+    processors: list[LogitsProcessor]
+    bind_kv: Callable[[KVCache], None]
+
+
+class Worker:
+    """Runs plans in order on one device. Owned and called by one thread."""
+
+    def __init__(
+        self, parts: WorkerParts, geometry: KVGeometry, *, num_slots: int, max_model_len: int, store: KVStore | None = None
+    ) -> None:
+        self.device = parts.device
+        self.cache = KVCache(parts.device, geometry)
+        parts.bind_kv(self.cache)
+        inputs = InputBuffers(
+            parts.device, geometry.groups, num_slots=num_slots, max_model_len=max_model_len, block_size=geometry.block_size
+        )
+        sampling = SamplingState(parts.device, parts.processors, num_slots=num_slots)
+        self._runner = ModelRunner(
+            parts.device, parts.model, kernels=parts.kernels, inputs=inputs, cache=self.cache, sampler=parts.sampler,
+            sampling=sampling, copy_blocks=parts.copy_blocks,
+        )  # fmt: skip
+        self._mover: KVMover | None = store.mover(self.cache) if store is not None else None
+
+    def execute(self, plan: StepPlan) -> RunnerHandle:
+        """Apply the plan's state changes, start its KV transfers, run its forward. Transfers touch leased blocks only."""
+        started_s = time.perf_counter()
+        self._runner.apply(plan)
+        if plan.kv.transfers:
+            if self._mover is None:
+                raise ConfigError("a plan moves KV blocks to a store, and this worker has none")
+            self._mover.start(plan.kv.transfers)
+        applied_s = time.perf_counter() - started_s
+        handle = self._runner.forward(plan)
+        handle.times.prepare_s += applied_s
+        return handle
+
+    def sample(self, handle: RunnerHandle) -> StepResult:
+        """Choose tokens; report transfers that ended."""
+        result = self._runner.sample(handle)
+        if self._mover is not None:
+            result.finished_transfers = self._mover.poll()
+        return result
+
+    def close(self) -> None:
+        """End the mover's threads."""
+        if self._mover is not None:
+            self._mover.close()
+
