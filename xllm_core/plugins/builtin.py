@@ -43,9 +43,13 @@ def xllm_ops() -> Iterable[OpSpec]:
     for op in CORE_OPS:
         attribute = "".join(part.capitalize() for part in op.split("_"))
         yield OpSpec(
-            name=op, op=op, target=f"xllm_core.reference.ops:{attribute}", devices=_REFERENCE, dtypes=_DTYPES,
+            name=op,
+            op=op,
+            target=f"xllm_core.reference.ops:{attribute}",
+            devices=_REFERENCE,
+            dtypes=_DTYPES,
             summary="the reference",
-        )  # fmt: skip
+        )
 
 
 @hookimpl
@@ -78,16 +82,18 @@ def xllm_weight_formats() -> Iterable[WeightFormatSpec]:
     """Local files first, an installed package by its prefix, the hub for what nobody else knew."""
     package = "xllm_core.runtime.formats"
     yield WeightFormatSpec(
-        name="package", target=f"{package}.package:Package", rank=3,
+        name="package",
+        target=f"{package}.package:Package",
+        rank=3,
         summary="pkg:NAME, weights shipped in an installed Python package",
-    )  # fmt: skip
-    yield WeightFormatSpec(
-        name="gguf", target=f"{package}.gguf_file:GGUF", rank=2, summary="one .gguf file"
     )
+    yield WeightFormatSpec(name="gguf", target=f"{package}.gguf_file:GGUF", rank=2, summary="one .gguf file")
     yield WeightFormatSpec(
-        name="safetensors", target=f"{package}.safetensors_dir:SafetensorsDirectory", rank=1,
+        name="safetensors",
+        target=f"{package}.safetensors_dir:SafetensorsDirectory",
+        rank=1,
         summary="a Hugging Face directory",
-    )  # fmt: skip
+    )
     yield WeightFormatSpec(
         name="hub", target=f"{package}.hub:Hub", rank=-100, summary="OWNER/NAME on the Hugging Face hub"
     )
@@ -104,7 +110,9 @@ def xllm_schedulers() -> Iterable[SchedulerSpec]:
 def xllm_samplers() -> Iterable[SamplerSpec]:
     """One sampler for every device."""
     yield SamplerSpec(
-        name="gumbel", target="xllm_core.runtime.sampler:GumbelSampler", summary="argmax of scores with counter-based noise"
+        name="gumbel",
+        target="xllm_core.runtime.sampler:GumbelSampler",
+        summary="argmax of scores with counter-based noise",
     )
 
 
@@ -122,9 +130,11 @@ def xllm_logits_processors() -> Iterable[LogitsProcessorSpec]:
 def xllm_kv_stores() -> Iterable[KVStoreSpec]:
     """Host memory, bounded by `[plugin.core] host_store_bytes`."""
     yield KVStoreSpec(
-        name="host", target="xllm_core.kv.host_store:HostStore", scopes=frozenset({"local"}),
+        name="host",
+        target="xllm_core.kv.host_store:HostStore",
+        scopes=frozenset({"local"}),
         summary="host memory of this process",
-    )  # fmt: skip
+    )
 
 
 @hookimpl

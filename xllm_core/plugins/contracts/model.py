@@ -86,8 +86,16 @@ class Parts(Protocol):
         """The output projection, divided over the vocabulary, gathered over ranks. tied_to: the embedding whose weight it shares."""
 
     def attention(
-        self, group: str, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int, scale: float,
-        sliding_window: int | None = None, soft_cap: float | None = None,
+        self,
+        group: str,
+        layer: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Attention:
         """The attention of one layer in one KV group."""
 

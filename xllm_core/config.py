@@ -1,0 +1,528 @@
+"""Settings: flags over `XLLM_*` variables over xllm.toml over defaults. What is unknown is an error with its place and a guess.
+
+`[scheduler] max_num_seqs`, `XLLM_SCHEDULER__MAX_NUM_SEQS` and `--max-num-seqs` are one setting. `./xllm.toml` is read if it is there;
+a path that was given must exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from xllm_core.errors import ConfigError
+
+DEFAULT_FILE = Path("xllm.toml")
+PREFIX = "XLLM_"
+
+KINDS = (
+    "attention", "device", "kv_store", "logits_processors", "model", "observers", "op", "sampler", "scheduler", "weight_format",
+)  # fmt: skip
+"""What `[use]` and `[prefer]` can name; `attention.GROUP`, `op.NAME` and `model.ARCHITECTURE` narrow it down."""
+
+_NARROWED = ("attention", "model", "op")
+_PLURAL = ("logits_processors", "observers")
+
+
+class Table(BaseModel):
+    """One table of xllm.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelTable(Table):
+    """What is served."""
+
+    path: str | None = Field(
+        None,
+        description="Model: a directory, a .gguf file, OWNER/NAME on the hub, or pkg:PYTHON_PACKAGE.",
+        json_schema_extra={"flag": "model"},
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute in this dtype; auto takes the checkpoint's where the device can."
+    )
+    max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; default is the model's own.")
+
+
+class DeviceTable(Table):
+    """Where it runs."""
+
+    name: str = Field(
+        "auto",
+        min_length=1,
+        description="Device backend, as PLUGIN/NAME or NAME; auto takes the best that answers.",
+        json_schema_extra={"flag": "device"},
+    )
+    index: int = Field(0, ge=0, description="Which device of that backend.", json_schema_extra={"flag": "device_index"})
+    num_threads: int | None = Field(
+        None, ge=1, description="Host threads for the device's own work; default is its own."
+    )
+
+
+class EngineTable(Table):
+    """The loop. It has no setting yet."""
+
+
+class SchedulerTable(Table):
+    """How steps are filled."""
+
+    max_num_seqs: int = Field(64, ge=1, description="Most sequences that run at once.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens that one step computes.")
+    max_chunk_tokens: int = Field(
+        0, ge=0, description="Most prompt tokens of one sequence in one step; 0 sets no limit."
+    )
+    max_waiting: int = Field(10_000, ge=1, description="Most requests that wait; further ones are refused.")
+
+
+class KVTable(Table):
+    """The cache of keys and values."""
+
+    block_size: int | None = Field(None, ge=1, description="Tokens per KV block; default is the device's best.")
+    memory_bytes: int | None = Field(
+        None, ge=1, description="Memory for KV blocks; default is a share of what is free."
+    )
+    num_blocks: int | None = Field(None, ge=1, description="Number of KV blocks, instead of a memory size.")
+    enable_prefix_cache: bool = Field(True, description="Keep computed blocks and reuse them for equal prefixes.")
+
+
+class LogTable(Table):
+    """What is written to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="Least severity that is printed.", json_schema_extra={"flag": "log_level"}
+    )
+
+
+class PluginsTable(Table):
+    """Which plugins take part. All that are installed do, unless they are disabled."""
+
+    enable: tuple[str, ...] = Field(
+        (), description="Plugins that must load: ID, or ID@DISTRIBUTION to decide between two."
+    )
+    disable: tuple[str, ...] = Field((), description="Plugin ids that are not imported.")
+    require: tuple[str, ...] = Field(
+        (), description="Plugins that must load, with a version where it matters: ID>=1.2."
+    )
+
+
+class CorePluginTable(Table):
+    """`[plugin.core]`: settings of parts that the core brings."""
+
+    host_store_bytes: int = Field(1 << 30, ge=1, description="Bound of the KV store in host memory.")
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One construction of `Settings`: which file was asked for, and where each value came from."""
+
+    config_path: Path | None = None
+    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+
+_READING: ContextVar[_Reading | None] = ContextVar("_READING", default=None)
+
+
+def _reading() -> _Reading:
+    reading = _READING.get()
+    if reading is None:
+        raise RuntimeError("settings sources were asked outside Settings()")
+    return reading
+
+
+class _Source(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False  # pydantic-settings asks per field; ours answer for all at once
+
+
+class _EnvironmentSource(_Source):
+    """`XLLM_TABLE__KEY=value`. Lists and tables are JSON; a list may also be written a,b,c."""
+
+    def __call__(self) -> dict[str, Any]:
+        tables: dict[str, Any] = {}
+        for name in sorted(os.environ):
+            if name.startswith(PREFIX) and not _is_kubernetes(name, os.environ):
+                path = _variable_path(name)
+                _put(tables, path, _variable_value(path, os.environ[name]))
+                _reading().places[path] = name
+        return tables
+
+
+class _TomlSource(_Source):
+    """The file."""
+
+    def __call__(self) -> dict[str, Any]:
+        reading = _reading()
+        path = reading.config_path or DEFAULT_FILE
+        if reading.config_path is None and not path.exists():
+            return {}
+        try:
+            text = path.read_text(encoding="utf-8")
+            tables = tomllib.loads(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read settings from {path}: {error}; check the path given as --config") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        lines = _key_lines(text)
+        for keys in _walk(tables):
+            reading.places[keys] = f"{path}:{lines[keys]}" if keys in lines else str(path)
+        _check_known(tables, lambda keys: reading.places.get(keys, str(path)))
+        return tables
+
+
+class Settings(BaseSettings):
+    """Everything a user can set. Frozen. `Settings(kv={"block_size": 32})` reads variables and file beneath what is given."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    model: ModelTable = ModelTable()
+    device: DeviceTable = DeviceTable()
+    engine: EngineTable = EngineTable()
+    scheduler: SchedulerTable = SchedulerTable()
+    kv: KVTable = KVTable()
+    log: LogTable = LogTable()
+    plugins: PluginsTable = PluginsTable()
+    use: dict[str, str | tuple[str, ...]] = Field(
+        default_factory=dict, description="Pins, KIND = NAME. A pinned part is used or start-up stops."
+    )
+    prefer: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="Order of preference, KIND = [NAME, ...]."
+    )
+    plugin: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="One table per plugin, checked by itself."
+    )
+
+    def __init__(self, *, config_path: str | Path | None = None, **tables: Any) -> None:
+        reading = _Reading(Path(config_path) if config_path is not None else None)
+        _check_known(tables, lambda keys: _flag_of(keys))
+        token = _READING.set(reading)
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            places = {keys: _flag_of(keys) for keys in _walk(tables)}
+            raise ConfigError(_explain(error, type(self), {**reading.places, **places})) from error
+        finally:
+            _READING.reset(token)
+
+    @field_validator("use", "prefer", mode="before")
+    @classmethod
+    def _flatten(cls, value: Any, info: ValidationInfo) -> Any:
+        """`op.linear = "x"` without quotes makes a table in TOML; where a list is due, one name stands for a list of one."""
+        if not isinstance(value, Mapping):
+            return value
+        takes_list = {kind: info.field_name == "prefer" or kind in _PLURAL for kind in (flat := _dotted(value))}
+        return {
+            kind: (names,) if takes_list[kind] and isinstance(names, str) else names for kind, names in flat.items()
+        }
+
+    @field_validator("use", "prefer")
+    @classmethod
+    def _check_kinds(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for kind, names in value.items():
+            base, _, narrow = kind.partition(".")
+            if base not in KINDS or (narrow and base not in _NARROWED):
+                raise ValueError(f"unknown kind {kind!r}{_guess(kind, KINDS)}; kinds are {', '.join(KINDS)}")
+            if info.field_name == "use" and base not in _PLURAL and not isinstance(names, str):
+                raise ValueError(f"{kind} takes one name, not {list(names)}; give an order of preference in [prefer]")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file; our own readers, because pydantic-settings passes over what it does not know."""
+        return init_settings, _EnvironmentSource(settings_cls), _TomlSource(settings_cls)
+
+    @classmethod
+    def from_flags(cls, config_path: str | Path | None = None, **flat_keys: Any) -> Settings:
+        """Settings from keys without their table (`max_num_seqs=8`), as flags and keyword arguments give them.
+
+        A table's own name with a mapping gives several keys of it (`kv={"block_size": 32}`, `use={"kv_store": "core/host"}`).
+        Raises ConfigError for a key that no table has, with a guess.
+        """
+        tables: dict[str, Any] = {}
+        for key, value in flat_keys.items():
+            if key in cls.model_fields and isinstance(value, Mapping):
+                tables[key] = {**tables.get(key, {}), **value}
+                continue
+            if key not in _FLAT_KEYS:
+                raise ConfigError(f"unknown setting {key!r}{_guess(key, [*_FLAT_KEYS, *cls.model_fields])}")
+            table, name = _FLAT_KEYS[key]
+            _put(tables, (table, name), value)
+        return cls(config_path=config_path, **tables)
+
+    def core_tables(self) -> dict[str, dict[str, Any]]:
+        """The core's own tables as plain data, for plugins to read."""
+        return {name: getattr(self, name).model_dump() for name in _TABLES}
+
+
+_TABLES: dict[str, type[Table]] = {
+    "model": ModelTable,
+    "device": DeviceTable,
+    "engine": EngineTable,
+    "scheduler": SchedulerTable,
+    "kv": KVTable,
+    "log": LogTable,
+    "plugins": PluginsTable,
+}
+
+
+def flag_name(key: str, entry: FieldInfo) -> str:
+    """The flat name of a field: its own, or a longer one where its own says too little alone (`[log] level` is `log_level`)."""
+    extra = entry.json_schema_extra
+    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else key
+
+
+def _flat_keys() -> dict[str, tuple[str, str]]:
+    keys: dict[str, tuple[str, str]] = {}
+    for table, model in _TABLES.items():
+        for name, entry in model.model_fields.items():
+            for flat in {name, flag_name(name, entry)}:
+                if flat in keys:
+                    raise RuntimeError(
+                        f"[{table}] {name} and {keys[flat]} share the flat key {flat!r}; give one a flag name"
+                    )
+                keys[flat] = (table, name)
+    return keys
+
+
+_FLAT_KEYS = _flat_keys()
+
+
+def _put(tables: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tables = tables.setdefault(key, {})
+    tables[path[-1]] = value
+
+
+def _walk(tables: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
+    for key, value in tables.items():
+        yield (*above, key)
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*above, key))
+
+
+def _dotted(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _dotted(inner, f"{above}{key}.") if isinstance(inner, Mapping) else {f"{above}{key}": inner}
+    return flat
+
+
+def _guess(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _flag_of(keys: tuple[str, ...]) -> str:
+    if len(keys) == 2 and keys[0] in _TABLES and keys[1] in _TABLES[keys[0]].model_fields:
+        flat = flag_name(keys[1], _TABLES[keys[0]].model_fields[keys[1]])
+        return f"--{flat.replace('_', '-')}"
+    return "argument"
+
+
+def _check_known(tables: Mapping[str, Any], place: Callable[[tuple[str, ...]], str]) -> None:
+    """Raise for the first table or key that does not exist."""
+    names = list(Settings.model_fields)
+    for table, value in tables.items():
+        if table not in names:
+            raise ConfigError(
+                f"{place((table,))}: unknown table [{table}]{_guess(table, names)}; tables are {', '.join(names)}"
+            )
+        if table in _TABLES and isinstance(value, Mapping):
+            known = list(_TABLES[table].model_fields)
+            for key in value:
+                if key not in known:
+                    raise ConfigError(
+                        f"{place((table, key))}: unknown key [{table}] {key}{_elsewhere(key, table) or _guess(key, known)}"
+                        f"; keys are {', '.join(known) or 'none'}"
+                    )
+
+
+def _elsewhere(key: str, table: str) -> str:
+    homes = [name for name, model in _TABLES.items() if name != table and key in model.model_fields]
+    return f"; it belongs in [{homes[0]}]" if homes else ""
+
+
+def _is_kubernetes(name: str, environ: Mapping[str, str]) -> bool:
+    """True for what Kubernetes injects for a service called xllm or xllm-something: HOST, PORT, and PORT_8000_TCP_ADDR and the like."""
+    match = re.fullmatch(
+        r"(XLLM(?:_[A-Z0-9]+)*?)_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)", name
+    )
+    return match is not None and f"{match[1]}_SERVICE_HOST" in environ and f"{match[1]}_SERVICE_PORT" in environ
+
+
+def _variable_path(name: str) -> tuple[str, ...]:
+    """XLLM_KV__BLOCK_SIZE -> ("kv", "block_size"); raises for a variable that sets nothing."""
+    path = tuple(part.lower() for part in name[len(PREFIX) :].split("__"))
+    known = [f"{PREFIX}{table}__{key}".upper() for table, model in _TABLES.items() for key in model.model_fields]
+    is_free = len(path) >= 2 and all(path) and path[0] in ("use", "prefer", "plugin")
+    if path[0] == "plugin" and len(path) < 3:
+        is_free = False
+    if not is_free and name not in known:
+        raise ConfigError(
+            f"{name}: no such setting{_guess(name, known)}; variables are {PREFIX}TABLE__KEY, "
+            f"{PREFIX}USE__KIND, {PREFIX}PREFER__KIND and {PREFIX}PLUGIN__ID__KEY"
+        )
+    return path
+
+
+def _variable_value(path: tuple[str, ...], text: str) -> Any:
+    if text[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{PREFIX}{'__'.join(path).upper()}: not valid JSON: {error}") from error
+    if path[0] in ("plugins", "prefer") or (path[0] == "use" and path[1] in _PLURAL):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """The line on which each key of a TOML text stands. Good enough for messages: keys inside multi-line values are not told apart."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), start=1):
+        stripped = line.strip()
+        if match := re.match(r"\[+([^\]]+)\]", stripped):
+            table = _split_key(match[1])
+            lines.setdefault(table, number)
+        elif match := re.match(
+            r"""((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""", stripped
+        ):
+            key = (*table, *_split_key(match[1]))
+            for end in range(len(table) + 1, len(key) + 1):
+                lines.setdefault(key[:end], number)
+    return lines
+
+
+def _split_key(text: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in re.findall(r"""[\w-]+|"[^"]*"|'[^']*'""", text))
+
+
+def _explain(error: ValidationError, model: type[BaseModel], places: Mapping[tuple[str, ...], str]) -> str:
+    """One line per wrong value: where it was written, which key, what it is, what is allowed."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        keys = tuple(str(part) for part in problem["loc"])
+        place = next((places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in places), "argument")
+        reason = problem["msg"].removeprefix("Value error, ")
+        reason = reason[:1].lower() + reason[1:]
+        table, rest = keys[0] if keys else "", ".".join(keys[1:2])
+        about = f" ({note})" if (note := _description(model, keys)) else ""
+        lines.append(f"{place}: [{table}] {rest} = {problem['input']!r}: {reason}{about}".replace("]  =", "] ="))
+    return "\n".join(lines)
+
+
+def _description(model: type[BaseModel], keys: tuple[str, ...]) -> str:
+    for key in keys:
+        entry = model.model_fields.get(key)
+        if entry is None:
+            return ""
+        if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
+            model = entry.annotation
+        else:
+            return entry.description or ""
+    return ""
+
+
+def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Check `[plugin.ID]` with the plugin's own model; returns plain data with defaults. Raises ConfigError that names key and value."""
+    known = list(model.model_fields)
+    for key in raw:
+        if key not in known:
+            raise ConfigError(
+                f"[plugin.{plugin_id}] {key}: unknown key{_guess(key, known)}; keys are {', '.join(known)}"
+            )
+    try:
+        return model.model_validate(dict(raw)).model_dump()
+    except ValidationError as error:
+        lines = [
+            f"[plugin.{plugin_id}] {'.'.join(str(part) for part in p['loc'])} = {p['input']!r}: {p['msg']}"
+            for p in error.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join(lines)) from error
+
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def click_options(*tables: str) -> Callable[[_Command], _Command]:
+    """Give a click command `--config`, `--use KIND=NAME` and one flag per field of these tables; read them with `settings_from_flags`.
+
+    Values stay text until `Settings` checks them, so that a flag, a variable and a line of the file fail with one message.
+    """
+    import click
+
+    def decorate(command: _Command) -> _Command:
+        for table in reversed(tables):
+            for name, entry in reversed(list(_TABLES[table].model_fields.items())):
+                flat = flag_name(name, entry)
+                if (table, name) != ("model", "path"):  # the model is each command's argument
+                    command = click.option(*_flag(flat, entry), **_flag_type(entry))(command)
+        pins = click.option(
+            "--use", multiple=True, metavar="KIND=NAME", help="Pin a part, e.g. attention=core/paged. Repeatable."
+        )
+        config = click.option(
+            "--config", "config_path", type=click.Path(), metavar="FILE", help="Settings file; default ./xllm.toml."
+        )
+        return config(pins(command))
+
+    return decorate
+
+
+def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:
+    """Settings from what a command with `click_options` was called with. Takes its flags out of `flags`, and leaves the command's own.
+
+    more: flat keys that the command sets itself (`model="..."`).
+    """
+    config_path = flags.pop("config_path", None)
+    pins: dict[str, Any] = {}
+    for pin in flags.pop("use", ()):
+        kind, is_pin, name = pin.partition("=")
+        if not is_pin or not kind or not name:
+            raise ConfigError(f"--use {pin}: write KIND=NAME, e.g. --use attention=core/paged")
+        base = kind.partition(".")[0]
+        pins[kind] = [*pins.get(kind, ()), *name.split(",")] if base in _PLURAL else name
+    given = {key: value for key in _FLAT_KEYS if key in flags and (value := flags.pop(key)) is not None}
+    given |= {"use": pins} if pins else {}
+    return Settings.from_flags(config_path, **given, **more)
+
+
+def _flag(flat: str, entry: FieldInfo) -> tuple[str, ...]:
+    flag = flat.replace("_", "-")
+    if entry.annotation is bool:
+        off = flag.replace("enable-", "disable-") if flag.startswith("enable-") else f"no-{flag}"
+        return (f"--{flag}/--{off}", flat)
+    return (f"--{flag}", flat)
+
+
+def _flag_type(entry: FieldInfo) -> dict[str, Any]:
+    default = "" if entry.default is None or entry.default == () else f"  [default: {entry.default}]"
+    options: dict[str, Any] = {"default": None, "help": f"{entry.description}{default}"}
+    if entry.annotation is bool:
+        return options
+    arguments = typing.get_args(entry.annotation)
+    if typing.get_origin(entry.annotation) is Literal:
+        options["metavar"] = "|".join(str(argument) for argument in arguments)
+    else:
+        plain = [a for a in arguments if a is not types.NoneType] if arguments else [entry.annotation]
+        options["metavar"] = "N" if plain == [int] else "TEXT"
+    return options
