@@ -6,14 +6,10 @@ a path that was given must exist.
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
-import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from xllm_core.config_sources import PLURAL_KINDS, guess, put, read_environment, read_toml, walk
 from xllm_core.errors import ConfigError
 
 DEFAULT_FILE = Path("xllm.toml")
-PREFIX = "XLLM_"
 
 KINDS = (
     "attention", "device", "kv_store", "logits_processors", "model", "observers", "op", "sampler", "scheduler", "weight_format",
@@ -34,7 +30,6 @@ KINDS = (
 """What `[use]` and `[prefer]` can name; `attention.GROUP`, `op.NAME` and `model.ARCHITECTURE` narrow it down."""
 
 _NARROWED = ("attention", "model", "op")
-_PLURAL = ("logits_processors", "observers")
 
 
 class Table(BaseModel):
@@ -148,16 +143,11 @@ class _Source(PydanticBaseSettingsSource):
 
 
 class _EnvironmentSource(_Source):
-    """`XLLM_TABLE__KEY=value`. Lists and tables are JSON; a list may also be written a,b,c."""
+    """`XLLM_TABLE__KEY=value`."""
 
     def __call__(self) -> dict[str, Any]:
-        tables: dict[str, Any] = {}
-        for name in sorted(os.environ):
-            if name.startswith(PREFIX) and not _is_kubernetes(name, os.environ):
-                path = _variable_path(name)
-                _put(tables, path, _variable_value(path, os.environ[name]))
-                _reading().places[path] = name
-        return tables
+        known = {table: tuple(model.model_fields) for table, model in _TABLES.items()}
+        return read_environment(os.environ, known, _reading().places)
 
 
 class _TomlSource(_Source):
@@ -168,16 +158,7 @@ class _TomlSource(_Source):
         path = reading.config_path or DEFAULT_FILE
         if reading.config_path is None and not path.exists():
             return {}
-        try:
-            text = path.read_text(encoding="utf-8")
-            tables = tomllib.loads(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read settings from {path}: {error}; check the path given as --config") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
-        lines = _key_lines(text)
-        for keys in _walk(tables):
-            reading.places[keys] = f"{path}:{lines[keys]}" if keys in lines else str(path)
+        tables = read_toml(path, reading.places)
         _check_known(tables, lambda keys: reading.places.get(keys, str(path)))
         return tables
 
@@ -211,7 +192,7 @@ class Settings(BaseSettings):
         try:
             super().__init__(**tables)
         except ValidationError as error:
-            places = {keys: _flag_of(keys) for keys in _walk(tables)}
+            places = {keys: _flag_of(keys) for keys in walk(tables)}
             raise ConfigError(_explain(error, type(self), {**reading.places, **places})) from error
         finally:
             _READING.reset(token)
@@ -222,10 +203,11 @@ class Settings(BaseSettings):
         """`op.linear = "x"` without quotes makes a table in TOML; where a list is due, one name stands for a list of one."""
         if not isinstance(value, Mapping):
             return value
-        takes_list = {kind: info.field_name == "prefer" or kind in _PLURAL for kind in (flat := _dotted(value))}
-        return {
-            kind: (names,) if takes_list[kind] and isinstance(names, str) else names for kind, names in flat.items()
-        }
+        flat = _dotted(value)
+        for kind, names in flat.items():
+            if isinstance(names, str) and (info.field_name == "prefer" or kind in PLURAL_KINDS):
+                flat[kind] = (names,)
+        return flat
 
     @field_validator("use", "prefer")
     @classmethod
@@ -233,8 +215,8 @@ class Settings(BaseSettings):
         for kind, names in value.items():
             base, _, narrow = kind.partition(".")
             if base not in KINDS or (narrow and base not in _NARROWED):
-                raise ValueError(f"unknown kind {kind!r}{_guess(kind, KINDS)}; kinds are {', '.join(KINDS)}")
-            if info.field_name == "use" and base not in _PLURAL and not isinstance(names, str):
+                raise ValueError(f"unknown kind {kind!r}{guess(kind, KINDS)}; kinds are {', '.join(KINDS)}")
+            if info.field_name == "use" and base not in PLURAL_KINDS and not isinstance(names, str):
                 raise ValueError(f"{kind} takes one name, not {list(names)}; give an order of preference in [prefer]")
         return value
 
@@ -263,9 +245,9 @@ class Settings(BaseSettings):
                 tables[key] = {**tables.get(key, {}), **value}
                 continue
             if key not in _FLAT_KEYS:
-                raise ConfigError(f"unknown setting {key!r}{_guess(key, [*_FLAT_KEYS, *cls.model_fields])}")
+                raise ConfigError(f"unknown setting {key!r}{guess(key, [*_FLAT_KEYS, *cls.model_fields])}")
             table, name = _FLAT_KEYS[key]
-            _put(tables, (table, name), value)
+            put(tables, (table, name), value)
         return cls(config_path=config_path, **tables)
 
     def core_tables(self) -> dict[str, dict[str, Any]]:
@@ -306,29 +288,11 @@ def _flat_keys() -> dict[str, tuple[str, str]]:
 _FLAT_KEYS = _flat_keys()
 
 
-def _put(tables: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tables = tables.setdefault(key, {})
-    tables[path[-1]] = value
-
-
-def _walk(tables: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
-    for key, value in tables.items():
-        yield (*above, key)
-        if isinstance(value, Mapping):
-            yield from _walk(value, (*above, key))
-
-
 def _dotted(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= _dotted(inner, f"{above}{key}.") if isinstance(inner, Mapping) else {f"{above}{key}": inner}
     return flat
-
-
-def _guess(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def _flag_of(keys: tuple[str, ...]) -> str:
@@ -344,14 +308,14 @@ def _check_known(tables: Mapping[str, Any], place: Callable[[tuple[str, ...]], s
     for table, value in tables.items():
         if table not in names:
             raise ConfigError(
-                f"{place((table,))}: unknown table [{table}]{_guess(table, names)}; tables are {', '.join(names)}"
+                f"{place((table,))}: unknown table [{table}]{guess(table, names)}; tables are {', '.join(names)}"
             )
         if table in _TABLES and isinstance(value, Mapping):
             known = list(_TABLES[table].model_fields)
             for key in value:
                 if key not in known:
                     raise ConfigError(
-                        f"{place((table, key))}: unknown key [{table}] {key}{_elsewhere(key, table) or _guess(key, known)}"
+                        f"{place((table, key))}: unknown key [{table}] {key}{_elsewhere(key, table) or guess(key, known)}"
                         f"; keys are {', '.join(known) or 'none'}"
                     )
 
@@ -359,62 +323,6 @@ def _check_known(tables: Mapping[str, Any], place: Callable[[tuple[str, ...]], s
 def _elsewhere(key: str, table: str) -> str:
     homes = [name for name, model in _TABLES.items() if name != table and key in model.model_fields]
     return f"; it belongs in [{homes[0]}]" if homes else ""
-
-
-def _is_kubernetes(name: str, environ: Mapping[str, str]) -> bool:
-    """True for what Kubernetes injects for a service called xllm or xllm-something: HOST, PORT, and PORT_8000_TCP_ADDR and the like."""
-    match = re.fullmatch(
-        r"(XLLM(?:_[A-Z0-9]+)*?)_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)", name
-    )
-    return match is not None and f"{match[1]}_SERVICE_HOST" in environ and f"{match[1]}_SERVICE_PORT" in environ
-
-
-def _variable_path(name: str) -> tuple[str, ...]:
-    """XLLM_KV__BLOCK_SIZE -> ("kv", "block_size"); raises for a variable that sets nothing."""
-    path = tuple(part.lower() for part in name[len(PREFIX) :].split("__"))
-    known = [f"{PREFIX}{table}__{key}".upper() for table, model in _TABLES.items() for key in model.model_fields]
-    is_free = len(path) >= 2 and all(path) and path[0] in ("use", "prefer", "plugin")
-    if path[0] == "plugin" and len(path) < 3:
-        is_free = False
-    if not is_free and name not in known:
-        raise ConfigError(
-            f"{name}: no such setting{_guess(name, known)}; variables are {PREFIX}TABLE__KEY, "
-            f"{PREFIX}USE__KIND, {PREFIX}PREFER__KIND and {PREFIX}PLUGIN__ID__KEY"
-        )
-    return path
-
-
-def _variable_value(path: tuple[str, ...], text: str) -> Any:
-    if text[:1] in ("[", "{"):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{PREFIX}{'__'.join(path).upper()}: not valid JSON: {error}") from error
-    if path[0] in ("plugins", "prefer") or (path[0] == "use" and path[1] in _PLURAL):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
-
-
-def _key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """The line on which each key of a TOML text stands. Good enough for messages: keys inside multi-line values are not told apart."""
-    lines: dict[tuple[str, ...], int] = {}
-    table: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip()
-        if match := re.match(r"\[+([^\]]+)\]", stripped):
-            table = _split_key(match[1])
-            lines.setdefault(table, number)
-        elif match := re.match(
-            r"""((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""", stripped
-        ):
-            key = (*table, *_split_key(match[1]))
-            for end in range(len(table) + 1, len(key) + 1):
-                lines.setdefault(key[:end], number)
-    return lines
-
-
-def _split_key(text: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in re.findall(r"""[\w-]+|"[^"]*"|'[^']*'""", text))
 
 
 def _explain(error: ValidationError, model: type[BaseModel], places: Mapping[tuple[str, ...], str]) -> str:
@@ -449,7 +357,7 @@ def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[s
     for key in raw:
         if key not in known:
             raise ConfigError(
-                f"[plugin.{plugin_id}] {key}: unknown key{_guess(key, known)}; keys are {', '.join(known)}"
+                f"[plugin.{plugin_id}] {key}: unknown key{guess(key, known)}; keys are {', '.join(known)}"
             )
     try:
         return model.model_validate(dict(raw)).model_dump()
@@ -500,7 +408,7 @@ def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:
         if not is_pin or not kind or not name:
             raise ConfigError(f"--use {pin}: write KIND=NAME, e.g. --use attention=core/paged")
         base = kind.partition(".")[0]
-        pins[kind] = [*pins.get(kind, ()), *name.split(",")] if base in _PLURAL else name
+        pins[kind] = [*pins.get(kind, ()), *name.split(",")] if base in PLURAL_KINDS else name
     given = {key: value for key in _FLAT_KEYS if key in flags and (value := flags.pop(key)) is not None}
     given |= {"use": pins} if pins else {}
     return Settings.from_flags(config_path, **given, **more)
