@@ -79,20 +79,31 @@ class KVManager:
         self.capacity_tokens = min(self._group_capacity(group, max_chunk_tokens) for group in self._groups)
 
     def lookup(
-        self, token_ids: Sequence[int], *, salt: str = "", use_cache: bool = True, use_store: bool = True
+        self,
+        token_ids: Sequence[int],
+        *,
+        salt: str = "",
+        use_cache: bool = True,
+        use_store: bool = True,
+        previous: Lookup | None = None,
     ) -> Lookup:
         """What is there of these tokens. Changes nothing and references nothing.
 
         use_cache False ignores cache and store (all positions are to be computed); what is computed is still published.
+        previous: an earlier lookup of a prefix of these tokens with this salt, however old; spares hashing them again.
         """
         found = Lookup(_suffix=self._keys.suffix(salt=salt), _generation=self._tree.generation)
+        known = previous._keys if previous is not None and previous._suffix == found._suffix else ()
         if not use_cache or not self.enable_prefix_cache:
             return found
         limit = max(0, len(token_ids) - 1) // self.block_size  # at least one token is computed, for its logits
         asks_store = use_store and self._store is not None
         nodes, size, key, is_known = self._tree.nodes, self.block_size, b"", True
         for i in range(limit):
-            key = self._keys.key(key, token_ids[i * size : (i + 1) * size], found._suffix)
+            if i < len(known):
+                key = known[i]
+            else:
+                key = self._keys.key(key, token_ids[i * size : (i + 1) * size], found._suffix)
             node = nodes.get(key) if is_known else None
             if node is not None:
                 found._path.append(node)
