@@ -70,6 +70,7 @@ def xllm_models() -> Iterable[ModelSpec]:
     """Dense decoders."""
     architectures = {
         "llama": ("xllm_core.models.llama:Llama", "LlamaForCausalLM"),
+        "mistral": ("xllm_core.models.llama:Mistral", "MistralForCausalLM"),
         "qwen2": ("xllm_core.models.qwen:Qwen2", "Qwen2ForCausalLM"),
         "qwen3": ("xllm_core.models.qwen:Qwen3", "Qwen3ForCausalLM"),
     }

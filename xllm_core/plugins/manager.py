@@ -21,6 +21,8 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from xllm_core import __version__
 from xllm_core.errors import ConfigError, PluginConflictError, PluginError
 from xllm_core.plugins import hookspecs
+from xllm_core.plugins.plan import describe
+from xllm_core.plugins.plan import load_target as load_target
 from xllm_core.plugins.specs import API_VERSION, PluginContext, PluginInfo, Spec
 
 if TYPE_CHECKING:
@@ -93,21 +95,6 @@ class _Candidate:
     requires: Sequence[str] = ()
     hooks: pluggy.PluginManager | None = None
     info: PluginInfo | None = None
-
-
-def load_target(target: str, *, owner: str) -> Any:
-    """Import "package.module:attribute"; raises PluginError that names `owner` ("plugin/name"), the target and the cause."""
-    module_name, _, path = target.partition(":")
-    try:
-        value: Any = import_module(module_name)
-        for attribute in path.split("."):
-            value = getattr(value, attribute)
-    except Exception as error:
-        raise PluginError(
-            f"{owner}: its target {target!r} cannot be imported: {_describe(error)}; reinstall the plugin, or choose another part"
-            " in [use]"
-        ) from error
-    return value
 
 
 class PluginManager:
@@ -277,7 +264,7 @@ class PluginManager:
                 for hook in hookspecs.HOOKS
             }
         except Exception as error:  # noqa: BLE001  a plugin may raise anything; it is recorded, and fatal if asked for
-            record.state, record.reason = "failed", _describe(error)
+            record.state, record.reason = "failed", describe(error)
             return
         record.specs, record.state = specs, "loaded"
         if table:
@@ -305,7 +292,7 @@ class PluginManager:
             hooks.check_pending()
             _check_hooks(hooks, module)
         except (Exception, SystemExit) as error:  # noqa: BLE001  a plugin may raise anything; it is recorded, and fatal if asked for
-            record.state, record.reason = "failed", _describe(error)
+            record.state, record.reason = "failed", describe(error)
             return
         candidate.hooks, candidate.info = hooks, info
 
@@ -439,16 +426,3 @@ def _wanted(settings: Settings | None) -> dict[str, str]:
 
 def _offers(record: PluginRecord, specs: Iterable[Spec]) -> tuple[Offer, ...]:
     return tuple(Offer(record.id, record.distribution, record.version, spec) for spec in specs)
-
-
-def _describe(error: BaseException) -> str:
-    """An exception in one line, with the line of the plugin's own file that raised it where there is one."""
-    place = ""
-    trace = error.__traceback__
-    while trace is not None:
-        filename = trace.tb_frame.f_code.co_filename
-        if not filename.startswith("<") and "/importlib/" not in filename and filename != __file__:
-            place = f" ({filename.rsplit('/', 1)[-1]}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    text = str(error)
-    return f"{text}" if isinstance(error, PluginError | ConfigError) else f"{type(error).__name__}: {text}{place}"

@@ -1,0 +1,110 @@
+"""The outcome of assembly: which part does what, from which distribution, and why. Plain data; a worker loads exactly what it names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+from xllm_core.errors import ConfigError, PluginError
+from xllm_core.plugins.contracts.attention import AttentionGeometry
+
+
+def load_target(target: str, *, owner: str) -> Any:
+    """Import "package.module:attribute"; raises PluginError that names `owner` ("plugin/name"), the target and the cause."""
+    module_name, _, path = target.partition(":")
+    try:
+        value: Any = import_module(module_name)
+        for attribute in path.split("."):
+            value = getattr(value, attribute)
+    except Exception as error:
+        raise PluginError(
+            f"{owner}: its target {target!r} cannot be imported: {describe(error)}; reinstall the plugin, or choose another part"
+        ) from error
+    return value
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, with the file and line that raised it where that is not an import machinery's own."""
+    if isinstance(error, PluginError | ConfigError):
+        return str(error)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    frames = [frame for frame in frames if "/xllm_core/plugins/" not in frame.filename.replace("\\", "/")]
+    place = f" ({frames[-1].filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One part that was chosen.
+
+    name: "plugin/name". reason: why this one. eligible: others that would have served, best first. rejected: (name, reason).
+    """
+
+    name: str
+    target: str
+    plugin: str
+    distribution: str
+    version: str
+    reason: str
+    eligible: tuple[str, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def load(self) -> Any:
+        """Import the target; raises PluginError. Called when parts are built, never later."""
+        return load_target(self.target, owner=self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class AssemblyPlan:
+    """Every decision of one engine. Frozen.
+
+    attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`. logits_processors: in the order of
+    application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the dtype comes from.
+    """
+
+    model_path: str
+    architecture: str
+    dtype: str
+    dtype_reason: str
+    device: Choice
+    device_index: int
+    device_kind: str
+    weight_format: Choice
+    model: Choice
+    ops: Mapping[str, Choice]
+    attention: Mapping[str, Choice]
+    geometry: Mapping[str, AttentionGeometry]
+    sampler: Choice
+    logits_processors: tuple[Choice, ...]
+    scheduler: Choice
+    kv_store: Choice | None
+    observers: tuple[Choice, ...]
+    block_size: int
+    kv_layout: str
+    max_model_len: int
+    plugin_settings: Mapping[str, Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the plan, hex: equal on every worker, or they were not assembled alike."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def choices(self) -> dict[str, Choice]:
+        """Every choice by its kind: "device", "attention.full", "op.linear", "observers.0", ..."""
+        single = {"device": self.device, "weight_format": self.weight_format, "model": self.model}
+        single |= {f"attention.{group}": choice for group, choice in self.attention.items()}
+        single |= {f"op.{name}": choice for name, choice in self.ops.items()}
+        single |= {"sampler": self.sampler, "scheduler": self.scheduler}
+        single |= {f"logits_processors.{i}": choice for i, choice in enumerate(self.logits_processors)}
+        single |= {f"observers.{i}": choice for i, choice in enumerate(self.observers)}
+        return single | ({"kv_store": self.kv_store} if self.kv_store else {})

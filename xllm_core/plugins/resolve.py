@@ -1,0 +1,359 @@
+"""From settings and plugins to an `AssemblyPlan`: every choice of one engine, once, before anything is built.
+
+device -> weights -> model family -> dtype -> block size, layout and attention -> ops -> the rest; then hooks are locked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from xllm_core.config import Settings
+from xllm_core.config_sources import guess
+from xllm_core.errors import ConfigError, ModelError, ModelNotFoundError, PluginError, ResolutionError, XllmError
+from xllm_core.plugins.contracts.attention import AttentionGeometry
+from xllm_core.plugins.contracts.device import DeviceFacts
+from xllm_core.plugins.contracts.kv import KVGroupSpec
+from xllm_core.plugins.contracts.model import ModelFamily, ModelShape
+from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
+from xllm_core.plugins.manager import Offer, PluginManager
+from xllm_core.plugins.plan import AssemblyPlan, Choice, describe, load_target
+from xllm_core.plugins.select import (
+    HOOK_OF_KIND,
+    check_names,
+    choose,
+    choose_all,
+    chosen,
+    find_named,
+    fits_anything,
+    refusal,
+    run_probe,
+    unfit_attention,
+    unfit_model,
+    unfit_op,
+    unfit_sampler,
+)
+
+_DEFAULT_BLOCK_SIZE = 16
+_MAX_REDIRECTS = 8
+
+_log = logging.getLogger("xllm_core.plugins")
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A plan, and what had to be opened to make it.
+
+    checkpoint: opened, no tensor read. facts: of the chosen device. family, shape, kv_groups: of the model at the plan's dtype.
+    """
+
+    plan: AssemblyPlan
+    checkpoint: Checkpoint
+    facts: DeviceFacts
+    family: ModelFamily
+    shape: ModelShape
+    kv_groups: Sequence[KVGroupSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The joint choice that all KV groups share."""
+
+    block_size: int
+    kv_layout: str
+    geometry: Mapping[str, AttentionGeometry]
+    attention: Mapping[str, Choice]
+
+
+def assemble(settings: Settings, manager: PluginManager) -> Assembly:
+    """Choose every part for `settings.model.path`, then lock the manager.
+
+    Raises ConfigError, PluginError (ResolutionError with every rejection), ModelError. Imports only what must answer: the device for its
+    facts, weight formats, and the model family.
+    """
+    resolver = Resolver(settings, manager)
+    device, facts = resolver.device()
+    opened, checkpoint = resolver.weights()
+    config = checkpoint.config
+    model, family = resolver.model(config, facts)
+    shape = family.shape(config)
+    dtype, dtype_reason = resolver.dtype(config, facts, model)
+    layout = resolver.layout(family.attention(config), facts, dtype)
+    plan = AssemblyPlan(
+        model_path=str(checkpoint.path),
+        architecture=shape.architecture,
+        dtype=dtype,
+        dtype_reason=dtype_reason,
+        device=device,
+        device_index=settings.device.index,
+        device_kind=facts.kind,
+        weight_format=opened,
+        model=model,
+        ops={name: resolver.op(name, facts, dtype) for name in CORE_OPS},
+        attention=layout.attention,
+        geometry=layout.geometry,
+        sampler=resolver.sampler(facts),
+        logits_processors=resolver.all_of("logits_processors", is_default_all=True)[0],
+        scheduler=resolver.scheduler(),
+        kv_store=resolver.kv_store(),
+        observers=resolver.all_of("observers", is_default_all=False)[0],
+        block_size=layout.block_size,
+        kv_layout=layout.kv_layout,
+        max_model_len=resolver.max_model_len(shape),
+        plugin_settings=manager.tables,
+    )
+    manager.lock()
+    return Assembly(plan, checkpoint, facts, family, shape, family.kv_groups(config, dtype))
+
+
+class Resolver:
+    """The single choices, in the order in which each needs the one before. One per assembly."""
+
+    def __init__(self, settings: Settings, manager: PluginManager) -> None:
+        """Loads plugins; raises if one that the user asked for is not there, or a name in `[use]` or `[prefer]` is unknown."""
+        manager.load()
+        manager.check_wanted()
+        if settings.device.name != "auto":
+            settings = _with_device_pin(settings)
+        check_names(settings, manager)
+        self.settings = settings
+        self.manager = manager
+
+    def offers(self, kind: str) -> tuple[Offer, ...]:
+        """What is offered for a kind of `[use]`."""
+        return self.manager.offers(HOOK_OF_KIND[kind])
+
+    def device(self) -> tuple[Choice, DeviceFacts]:
+        """Accelerators whose probe answers, by rank; else the CPU. Why an accelerator is passed over is logged."""
+        choice = choose(
+            "device", self.offers("device"), self.settings, _unfit_device, need="this machine", is_lazy=True
+        )
+        for name, reason in choice.rejected:
+            if not reason.startswith("not asked"):
+                _log.warning("device %s is not used: %s", name, reason)
+        index = self.settings.device.index
+        backend = _ask(choice.name, f"build device {index}", partial(choice.load(), index))
+        facts = _ask(choice.name, "tell its facts", backend.facts)
+        if not isinstance(facts, DeviceFacts) or not facts.dtypes:
+            raise PluginError(
+                f"{choice.name}: facts() gave {facts!r}; it must be a DeviceFacts with at least one dtype"
+            )
+        return choice, facts
+
+    def weights(self) -> tuple[Choice, Checkpoint]:
+        """Find and open `[model] path`: formats resolve the reference, in rank order, until one of them opens what it became."""
+        reference = self.settings.model.path
+        if not reference:
+            raise ConfigError("no model is named: give a path, a hub id or pkg:PACKAGE, or set [model] path")
+        formats, unusable = self._formats()
+        trail = [reference]
+        while len(trail) <= _MAX_REDIRECTS:
+            if (path := Path(trail[-1])).exists():
+                for offer, reader in formats:
+                    checkpoint = _ask(offer.name, f"open {path}", partial(reader.open, path))
+                    if checkpoint is not None:
+                        return self._weight_choice(offer, trail), checkpoint
+            answers = (
+                _ask(offer.name, f"resolve {trail[-1]!r}", partial(reader.resolve, trail[-1]))
+                for offer, reader in formats
+            )
+            answer = next((answer for answer in answers if answer is not None), None)
+            if answer is None or answer in trail:
+                break
+            trail.append(answer)
+        asked = ", ".join(
+            f"{offer.name} ({offer.spec.summary})" if offer.spec.summary else offer.name for offer, _ in formats
+        )
+        became = f", which became {trail[-1]!r}," if len(trail) > 1 else ""
+        lines = [f"no weight format takes {reference!r}{became}: check the path or the id. Asked: {asked}"]
+        raise ModelNotFoundError("\n".join([*lines, *(f"  not asked {name}: {reason}" for name, reason in unusable)]))
+
+    def model(self, config: Mapping[str, Any], facts: DeviceFacts) -> tuple[Choice, ModelFamily]:
+        """The family for the first of config.json's `architectures`."""
+        named = config.get("architectures") or ()
+        if not isinstance(named, Sequence) or isinstance(named, str) or not named:
+            raise ModelError(
+                f"the model's configuration names no architecture (`architectures` is {named!r}), so no family can be chosen"
+            )
+        architecture = str(named[0])
+        known = sorted({name for offer in self.offers("model") for name in offer.spec.architectures})
+        if architecture not in known:
+            raise ModelError(
+                f"architecture {architecture!r} is not known{guess(architecture, known)}; known are {', '.join(known)}."
+                " A plugin may bring it: see `xllm plugins list`"
+            )
+        unfit = partial(unfit_model, architecture=architecture, device_kind=facts.kind)
+        choice = choose(
+            f"model.{architecture}", self.offers("model"), self.settings, unfit, need=f"{architecture} on {facts.kind}"
+        )
+        target = choice.load()
+        return choice, target() if isinstance(target, type) else target
+
+    def dtype(self, config: Mapping[str, Any], facts: DeviceFacts, model: Choice) -> tuple[str, str]:
+        """(dtype, why). "auto" takes the checkpoint's where device and family can, else the device's best, and says so."""
+        spec = next(offer.spec for offer in self.offers("model") if offer.name == model.name)
+        able = [dtype for dtype in facts.dtypes if dtype in spec.dtypes]
+        asked = self.settings.model.dtype
+        if asked != "auto" and asked not in able:
+            raise ResolutionError(
+                f"[model] dtype = {asked!r}: {facts.name} and {model.name} together serve {', '.join(able) or 'no common dtype'}"
+            )
+        if not able:
+            raise ResolutionError(
+                f"{facts.name} computes in {', '.join(facts.dtypes)}, {model.name} in {', '.join(sorted(spec.dtypes))}"
+            )
+        if asked != "auto":
+            return asked, "[model] dtype"
+        found = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        if found in able:
+            return found, "the checkpoint's own"
+        if not found:
+            return able[0], f"the checkpoint names none; the best of {facts.name}"
+        reason = f"the checkpoint is {found}, which {facts.name} does not compute in; the best it has is {able[0]}"
+        _log.warning("serving in %s: %s", able[0], reason)
+        return able[0], reason
+
+    def layout(self, groups: Mapping[str, Mapping[str, Any]], facts: DeviceFacts, dtype: str) -> _Layout:
+        """Block size, KV layout and one kernel per group, chosen together: the first combination that serves every group."""
+        wanted = self.settings.kv.block_size
+        if wanted is not None and facts.block_sizes and wanted not in facts.block_sizes:
+            raise ConfigError(
+                f"[kv] block_size = {wanted}: {facts.name} takes {', '.join(map(str, facts.block_sizes))}"
+            )
+        sizes = (wanted,) if wanted is not None else facts.block_sizes or (_DEFAULT_BLOCK_SIZE,)
+        first_error: ResolutionError | None = None
+        for kv_layout in facts.kv_layouts:
+            for block_size in sizes:
+                geometry = {
+                    name: AttentionGeometry(block_size=block_size, dtype=dtype, layout=kv_layout, **entry)
+                    for name, entry in groups.items()
+                }
+                try:
+                    attention = {name: self.attention(name, entry, facts) for name, entry in geometry.items()}
+                except ResolutionError as error:
+                    first_error = first_error or error
+                    continue
+                return _Layout(block_size, kv_layout, geometry, attention)
+        raise first_error or ResolutionError(f"{facts.name} names no KV layout")
+
+    def attention(self, group: str, geometry: AttentionGeometry, facts: DeviceFacts) -> Choice:
+        """The kernel for one KV group."""
+        unfit = partial(unfit_attention, geometry=geometry, device_kind=facts.kind)
+        return choose(
+            f"attention.{group}",
+            self.offers("attention"),
+            self.settings,
+            unfit,
+            need=describe_geometry(geometry, facts.kind),
+        )
+
+    def op(self, name: str, facts: DeviceFacts, dtype: str) -> Choice:
+        """The implementation of one op."""
+        offers = [offer for offer in self.offers("op") if offer.spec.op == name]
+        unfit = partial(unfit_op, device_kind=facts.kind, dtype=dtype)
+        return choose(f"op.{name}", offers, self.settings, unfit, need=f"{name} on {facts.kind} in {dtype}")
+
+    def sampler(self, facts: DeviceFacts) -> Choice:
+        """The sampler for this device."""
+        unfit = partial(unfit_sampler, device_kind=facts.kind)
+        return choose("sampler", self.offers("sampler"), self.settings, unfit, need=f"device {facts.kind}")
+
+    def scheduler(self) -> Choice:
+        """The policy."""
+        return choose("scheduler", self.offers("scheduler"), self.settings, fits_anything, need="this engine")
+
+    def kv_store(self) -> Choice | None:
+        """The store that `[use]` names, or none."""
+        if "kv_store" not in self.settings.use:
+            return None
+        return choose("kv_store", self.offers("kv_store"), self.settings, fits_anything, need="this engine")
+
+    def all_of(self, kind: str, *, is_default_all: bool) -> tuple[tuple[Choice, ...], tuple[tuple[str, str], ...]]:
+        """Kinds of which several are active, and who was left out."""
+        return choose_all(kind, self.offers(kind), self.settings, is_default_all=is_default_all)
+
+    def max_model_len(self, shape: ModelShape) -> int:
+        """The context served; more than the model was made for is refused, not cut."""
+        asked = self.settings.model.max_model_len
+        if asked is not None and asked > shape.max_model_len:
+            raise ConfigError(
+                f"[model] max_model_len = {asked}: {shape.architecture} here is made for at most {shape.max_model_len} tokens"
+            )
+        return asked if asked is not None else shape.max_model_len
+
+    def _formats(self) -> tuple[list[tuple[Offer, WeightFormat]], list[tuple[str, str]]]:
+        """Weight formats that can be asked, and (name, reason) of those that cannot."""
+        usable, unusable = [], []
+        pin = self.settings.use.get("weight_format")
+        for offer in self.offers("weight_format"):
+            reason = refusal(offer, fits_anything)
+            if not reason:
+                try:
+                    usable.append((offer, load_target(offer.spec.target, owner=offer.name)()))
+                    continue
+                except Exception as error:  # noqa: BLE001  another format may still open the model; the reason is logged and shown
+                    reason = describe(error)
+            _log.warning("weight format %s is not asked: %s", offer.name, reason)
+            unusable.append((offer.name, reason))
+        if isinstance(pin, str):
+            name = find_named(pin, self.offers("weight_format"), "[use] weight_format").name
+            usable = [(offer, reader if offer.name == name else _ResolveOnly(reader)) for offer, reader in usable]
+        return usable, unusable
+
+    def _weight_choice(self, offer: Offer, trail: Sequence[str]) -> Choice:
+        pin = "pinned by [use] weight_format and " if "weight_format" in self.settings.use else ""
+        others = [
+            (other.name, "not asked, or of another format")
+            for other in self.offers("weight_format")
+            if other.name != offer.name
+        ]
+        return chosen(offer, f"{pin}it opens {' -> '.join(trail)}", (), others)
+
+
+@dataclass(frozen=True, slots=True)
+class _ResolveOnly:
+    """A format that may still find a model while another one is pinned to open it."""
+
+    inner: WeightFormat
+
+    def resolve(self, reference: str) -> str | None:
+        return self.inner.resolve(reference)
+
+    def open(self, path: Path) -> Checkpoint | None:
+        return None
+
+
+def describe_geometry(geometry: AttentionGeometry, device_kind: str) -> str:
+    """What a kernel is asked for, for people."""
+    features = f", {', '.join(sorted(geometry.features))}" if geometry.features else ""
+    return (
+        f"{device_kind}, {geometry.dtype}, {geometry.num_heads} query and {geometry.num_kv_heads} KV heads of {geometry.head_size},"
+        f" blocks of {geometry.block_size}, layout {geometry.layout}{features}"
+    )
+
+
+def _with_device_pin(settings: Settings) -> Settings:
+    """`[device] name` is `[use] device`; two different answers are refused."""
+    name, pin = settings.device.name, settings.use.get("device")
+    if pin is not None and pin != name:
+        raise ConfigError(f"[device] name = {name!r} and [use] device = {pin!r} disagree; keep one of them")
+    return settings.model_copy(update={"use": {**settings.use, "device": name}})
+
+
+def _unfit_device(offer: Offer) -> str:
+    return run_probe(offer.spec.probe) if offer.spec.probe else ""
+
+
+def _ask(name: str, what: str, call: Callable[[], Any]) -> Any:
+    """Call a plugin's part during assembly; its own errors pass, anything else gets the name of who raised it."""
+    try:
+        return call()
+    except XllmError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{name} could not {what}: {describe(error)}") from error

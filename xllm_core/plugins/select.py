@@ -1,0 +1,265 @@
+"""Choosing one offer among many: names, pins, preferences, capability matching and probes. Nothing chosen by order of installation.
+
+A pin (`[use]`) is used or start-up stops. Otherwise, of those that fit: `[prefer]`, then rank, then others before the core, then name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+
+from xllm_core.config import Settings
+from xllm_core.config_sources import guess
+from xllm_core.errors import PluginConflictError, ResolutionError
+from xllm_core.plugins.contracts.attention import AttentionGeometry
+from xllm_core.plugins.manager import CORE, Offer, PluginManager
+from xllm_core.plugins.plan import Choice
+
+HOOK_OF_KIND = {
+    "attention": "xllm_attention",
+    "device": "xllm_devices",
+    "kv_store": "xllm_kv_stores",
+    "logits_processors": "xllm_logits_processors",
+    "model": "xllm_models",
+    "observers": "xllm_observers",
+    "op": "xllm_ops",
+    "sampler": "xllm_samplers",
+    "scheduler": "xllm_schedulers",
+    "weight_format": "xllm_weight_formats",
+}
+"""Which hook offers what `[use]` and `[prefer]` call a kind."""
+
+PROBE_TIMEOUT_S = 60.0
+
+_log = logging.getLogger("xllm_core.plugins")
+
+
+def check_names(settings: Settings, manager: PluginManager) -> None:
+    """Every name in `[use]` and `[prefer]` must be offered; raises before anything is chosen."""
+    for table, entries in (("use", settings.use), ("prefer", settings.prefer)):
+        for kind, value in entries.items():
+            offers = manager.offers(HOOK_OF_KIND[kind.partition(".")[0]])
+            for name in [value] if isinstance(value, str) else value:
+                find_named(name, narrowed(kind, offers), f"[{table}] {kind}")
+
+
+def narrowed(kind: str, offers: Iterable[Offer]) -> list[Offer]:
+    """Offers for what stands behind the dot: `op.linear` wants the op linear. Groups of attention narrow nothing here."""
+    base, _, narrow = kind.partition(".")
+    if base == "op" and narrow:
+        return [offer for offer in offers if offer.spec.op == narrow]
+    if base == "model" and narrow:
+        return [offer for offer in offers if narrow in offer.spec.architectures]
+    return list(offers)
+
+
+def find_named(name: str, offers: Sequence[Offer], place: str) -> Offer:
+    """The offer called "plugin/name", or "name" where only one has it; raises with the names there are, or the line that decides."""
+    exact = [offer for offer in offers if name in (offer.name, offer.spec.name)]
+    if len(exact) == 1:
+        return exact[0]
+    if exact:
+        names = [offer.name for offer in exact]
+        raise PluginConflictError(
+            f"{place}: {name!r} is offered by {' and '.join(names)}; write {place} = {names[0]!r}"
+        )
+    known = [offer.name for offer in offers]
+    raise ResolutionError(
+        f"{place} = {name!r}: nothing is offered under that name{guess(name, known)}; there is {_list(known)}"
+    )
+
+
+def choose(
+    kind: str,
+    offers: Sequence[Offer],
+    settings: Settings,
+    unfit: Callable[[Offer], str],
+    *,
+    need: str,
+    is_lazy: bool = False,
+) -> Choice:
+    """Choose one offer. Called at assembly only.
+
+    kind: "attention.full"; `[use]` and `[prefer]` are looked up under it, then under "attention". unfit: why an offer cannot serve, or "".
+    need: what is looked for, for people. is_lazy: stop asking once one fits (probes cost time).
+    Raises ResolutionError with every rejection, or for a pin that does not fit.
+    """
+    base = kind.partition(".")[0]
+    pin_kind = kind if kind in settings.use else base
+    pin = settings.use.get(pin_kind)
+    if isinstance(pin, str):
+        offer = find_named(pin, offers, f"[use] {pin_kind}")
+        if reason := refusal(offer, unfit):
+            raise ResolutionError(
+                f"[use] {pin_kind} = {pin!r} cannot serve {need}, and a pin never falls back", ((offer.name, reason),)
+            )
+        return chosen(offer, f"pinned by [use] {pin_kind}")
+    prefer_kind = kind if kind in settings.prefer else base
+    known = [offer.name for offer in offers]
+    order: list[str] = []
+    for name in settings.prefer.get(prefer_kind, ()):
+        if name in known or name in [
+            offer.spec.name for offer in offers
+        ]:  # a list for all ops holds names of other ops
+            order.append(find_named(name, offers, f"[prefer] {prefer_kind}").name)
+    ranked = sorted(offers, key=lambda offer: _order(offer, order))
+    fitting: list[Offer] = []
+    rejected: list[tuple[str, str]] = []
+    for offer in ranked:
+        if is_lazy and fitting:
+            rejected.append((offer.name, f"not asked: {fitting[0].name} comes first and answers"))
+        elif reason := refusal(offer, unfit):
+            rejected.append((offer.name, reason))
+        else:
+            fitting.append(offer)
+    if not fitting:
+        raise ResolutionError(f"no {base} fits {need}; {len(offers)} offered", tuple(rejected))
+    best, others = fitting[0], fitting[1:]
+    return chosen(best, _reason(best, others, order, prefer_kind), [offer.name for offer in others], rejected)
+
+
+def choose_all(
+    kind: str, offers: Sequence[Offer], settings: Settings, *, is_default_all: bool
+) -> tuple[tuple[Choice, ...], tuple[tuple[str, str], ...]]:
+    """Choose several: what `[use]` lists, in that order, or else all that fit by rank (or none). Second: (name, reason) of those left out."""
+    listed = settings.use.get(kind)
+    if listed is not None:
+        picked = []
+        for name in listed:
+            offer = find_named(name, offers, f"[use] {kind}")
+            if reason := refusal(offer, fits_anything):
+                raise ResolutionError(f"[use] {kind} lists {name!r}, which cannot serve", ((offer.name, reason),))
+            picked.append(chosen(offer, f"listed in [use] {kind}"))
+        return tuple(picked), ()
+    if not is_default_all:
+        return (), tuple((offer.name, f"active only when listed in [use] {kind}") for offer in offers)
+    active, rejected = [], []
+    for offer in offers:
+        if reason := refusal(offer, fits_anything):
+            rejected.append((offer.name, reason))
+            _log.warning("%s %s is left out: %s", kind, offer.name, reason)
+        else:
+            active.append(chosen(offer, f"all are active; rank {offer.spec.rank}"))
+    return tuple(active), tuple(rejected)
+
+
+def chosen(offer: Offer, reason: str, eligible: Iterable[str] = (), rejected: Iterable[tuple[str, str]] = ()) -> Choice:
+    """An offer as a choice."""
+    return Choice(
+        name=offer.name,
+        target=offer.spec.target,
+        plugin=offer.plugin,
+        distribution=offer.distribution,
+        version=offer.version,
+        reason=reason,
+        eligible=tuple(eligible),
+        rejected=tuple(rejected),
+    )
+
+
+def refusal(offer: Offer, unfit: Callable[[Offer], str]) -> str:
+    """Why an offer cannot serve, or nothing: modules it requires first, as a probe may need them."""
+    missing = [name for name in offer.spec.requires if not _is_findable(name)]
+    return f"needs module {_list(missing)}, not installed" if missing else unfit(offer)
+
+
+def fits_anything(offer: Offer) -> str:
+    """For kinds without capabilities."""
+    return ""
+
+
+def unfit_op(offer: Offer, *, device_kind: str, dtype: str) -> str:
+    """Why an op offer cannot serve on this device in this dtype."""
+    return _reasons(device=(device_kind, offer.spec.devices), dtype=(dtype, offer.spec.dtypes))
+
+
+def unfit_sampler(offer: Offer, *, device_kind: str) -> str:
+    """Why a sampler cannot serve on this device; no device named means any."""
+    return _reasons(device=(device_kind, offer.spec.devices)) if offer.spec.devices else ""
+
+
+def unfit_model(offer: Offer, *, architecture: str, device_kind: str) -> str:
+    """Why a family cannot serve this architecture here."""
+    if architecture not in offer.spec.architectures:
+        return f"serves {_list(offer.spec.architectures)}"
+    return _reasons(device=(device_kind, offer.spec.devices)) if offer.spec.devices else ""
+
+
+def unfit_attention(offer: Offer, *, geometry: AttentionGeometry, device_kind: str) -> str:
+    """Why a kernel cannot serve this geometry: what it does not declare is denied."""
+    spec = offer.spec
+    reason = _reasons(
+        device=(device_kind, spec.devices),
+        dtype=(geometry.dtype, spec.dtypes),
+        head_size=(geometry.head_size, spec.head_sizes or {geometry.head_size}),
+        block_size=(geometry.block_size, spec.block_sizes or {geometry.block_size}),
+        layout=(geometry.layout, spec.layouts),
+    )
+    undeclared = [f"feature {name!r} not declared" for name in sorted(geometry.features - spec.features)]
+    return "; ".join([*filter(None, [reason]), *undeclared])
+
+
+def run_probe(target: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+    """Run a device's probe in a child process; returns why the device is not usable, or "". A crash or a hang is a reason too."""
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
+        "from xllm_core.plugins.plan import load_target\n"
+        "answer = load_target(sys.argv[2], owner='probe')()\n"
+        "print('\\n' + json.dumps(answer))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(sys.path), target]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"its probe did not answer within {timeout_s:g} s"
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        ended = (
+            f"was killed by signal {-done.returncode}"
+            if done.returncode < 0
+            else f"ended with status {done.returncode}"
+        )
+        return f"its probe {ended}: {lines[-1]}"
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    return "" if answer is None else str(answer)
+
+
+def _order(offer: Offer, preferred: Sequence[str]) -> tuple[object, ...]:
+    place = preferred.index(offer.name) if offer.name in preferred else len(preferred)
+    is_fallback = not getattr(offer.spec, "is_accelerator", True)  # devices: a CPU after every accelerator
+    return (place, is_fallback, -offer.spec.rank, offer.plugin == CORE, offer.plugin, offer.spec.name)
+
+
+def _reason(best: Offer, others: Sequence[Offer], order: Sequence[str], kind: str) -> str:
+    if best.name in order:
+        return f"first that fits in [prefer] {kind}"
+    if not others:
+        return "the only one that fits"
+    second = others[0]
+    if best.spec.rank != second.spec.rank:
+        return f"rank {best.spec.rank}, before {second.name} with {second.spec.rank}"
+    is_by_plugin = best.plugin != CORE and second.plugin == CORE
+    return (
+        f"rank {best.spec.rank} like {second.name}, {'which is of the core' if is_by_plugin else 'and first by name'}"
+    )
+
+
+def _reasons(**pairs: tuple[object, Iterable[object]]) -> str:
+    return "; ".join(
+        f"{what} {value} not in {_list(allowed)}" for what, (value, allowed) in pairs.items() if value not in allowed
+    )
+
+
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(sorted(str(name) for name in names)) or "nothing"
+
+
+def _is_findable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
