@@ -6,6 +6,7 @@ a path that was given must exist.
 
 from __future__ import annotations
 
+import logging
 import os
 import types
 import typing
@@ -411,7 +412,9 @@ def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:
         pins[kind] = [*pins.get(kind, ()), *name.split(",")] if base in PLURAL_KINDS else name
     given = {key: value for key in _FLAT_KEYS if key in flags and (value := flags.pop(key)) is not None}
     given |= {"use": pins} if pins else {}
-    return Settings.from_flags(config_path, **given, **more)
+    settings = Settings.from_flags(config_path, **given, **more)
+    logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(name)s: %(message)s")  # to stderr
+    return settings
 
 
 def _flag(flat: str, entry: FieldInfo) -> tuple[str, ...]:

