@@ -67,7 +67,7 @@ class KVGroup(Protocol):
     def can_rewind(self, kv: SequenceKV, num_tokens: int) -> bool:
         """Could the sequence go on from `num_tokens`?"""
 
-    def rewind(self, kv: SequenceKV, num_tokens: int) -> None:
+    def rewind(self, kv: SequenceKV, num_tokens: int, changes: KVChanges) -> None:
         """Forget positions at and after `num_tokens`; `can_rewind` said yes."""
 
     def release(self, kv: SequenceKV) -> None:
@@ -168,7 +168,7 @@ class PagedGroup:
     def can_rewind(self, kv: SequenceKV, num_tokens: int) -> bool:
         return num_tokens == 0 or kv._holes[self.index] <= self._first_needed(num_tokens)
 
-    def rewind(self, kv: SequenceKV, num_tokens: int) -> None:
+    def rewind(self, kv: SequenceKV, num_tokens: int, changes: KVChanges) -> None:
         table = kv._tables[self.index]
         keep = -(-num_tokens // self._block_size)
         for i in range(len(table) - 1, max(keep, kv._holes[self.index]) - 1, -1):
@@ -277,11 +277,14 @@ class RecurrentGroup:
             return num_tokens == 0
         return kv._path[depth - 1].blocks[self.index] is not None
 
-    def rewind(self, kv: SequenceKV, num_tokens: int) -> None:
+    def rewind(self, kv: SequenceKV, num_tokens: int, changes: KVChanges) -> None:
         old = kv._tables[self.index]
         self.take(kv, kv._path, num_tokens // self._block_size)
         for block in old:
             self.pool.drop(block)
+        table = kv._tables[self.index]
+        if table and kv.slot >= 0:
+            changes.table_writes.append((self.index, kv.slot, 0, table.copy()))
 
     def release(self, kv: SequenceKV) -> None:
         for block in kv._tables[self.index]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from xllm_core.types import KVTransfer
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _MAX_CLOSE_S = 5.0
 
 
@@ -194,7 +194,7 @@ class HostMover:
                 self._queue.put(None)
         self._thread.join(_MAX_CLOSE_S)
         if self._thread.is_alive():
-            _log.warning("the host store's thread still copies %g s after close; its blocks stay leased", _MAX_CLOSE_S)
+            _logger.warning("the host store's thread still copies %g s after close; its blocks stay leased", _MAX_CLOSE_S)
         with self._shelf.lock:
             self._shelf.entries.clear()
             self._shelf.used_bytes = 0
@@ -213,7 +213,7 @@ class HostMover:
         except Exception:
             # Whatever the device's copy raises: the ticket must end, or its blocks stay leased for ever.
             kind = "load" if transfer.is_load else "save"
-            _log.exception(
+            _logger.exception(
                 "%s %d of %d blocks failed; they will be computed again", kind, transfer.ticket, len(transfer.keys)
             )
             return False

@@ -237,7 +237,7 @@ class KVManager:
         if not all(group.can_rewind(kv, num_tokens) for group in self._groups):
             return False
         for group in self._groups:
-            group.rewind(kv, num_tokens)
+            group.rewind(kv, num_tokens, self._changes)
         end = num_tokens // self.block_size
         if end < len(kv._path):
             self._move_pin(kv._path[-1], kv._path[end - 1] if end else None)
