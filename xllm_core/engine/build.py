@@ -16,8 +16,7 @@ from xllm_core.errors import ConfigError
 from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVStore
 from xllm_core.plugins.contracts.sampling import ProcessorContext
-from xllm_core.plugins.manager import load_target
-from xllm_core.plugins.plan import AssemblyPlan, Choice
+from xllm_core.plugins.plan import AssemblyPlan, Choice, load_target
 
 if TYPE_CHECKING:
     from xllm_core.config import Settings
@@ -70,15 +69,16 @@ def build_engine(assembly: Assembly, settings: Settings, *, progress: Progress |
         ),
         geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
     )  # fmt: skip
-    scheduler = Scheduler(
-        KVManager(geometry, enable_prefix_cache=settings.kv.enable_prefix_cache, index=store.index() if store is not None else None),
-        _build(plan.scheduler),
-        SchedulerLimits(
-            max_num_seqs=settings.scheduler.max_num_seqs, max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
-            max_chunk_tokens=settings.scheduler.max_chunk_tokens, max_waiting=settings.scheduler.max_waiting,
-            max_model_len=plan.max_model_len,
-        ),
+    limits = SchedulerLimits(
+        max_num_seqs=settings.scheduler.max_num_seqs, max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
+        max_chunk_tokens=settings.scheduler.max_chunk_tokens, max_waiting=settings.scheduler.max_waiting,
+        max_model_len=plan.max_model_len,
     )  # fmt: skip
+    kv = KVManager(
+        geometry, enable_prefix_cache=settings.kv.enable_prefix_cache, index=store.index() if store is not None else None,
+        max_chunk_tokens=min(limits.max_chunk_tokens or limits.max_num_batched_tokens, limits.max_num_batched_tokens),
+    )  # fmt: skip
+    scheduler = Scheduler(kv, _build(plan.scheduler), limits)
     step_log = StepLog([_build(choice) for choice in plan.observers])
     engine = Engine(scheduler, InProcessExecutor(worker), vocab_size=vocab_size, step_log=step_log)
     return BuiltEngine(engine, geometry, device, store, time.perf_counter() - started_s)

@@ -73,8 +73,8 @@ class Engine:
         sampled_s = time.perf_counter()
         outputs = self.scheduler.update(result)
         self._record(step, time.perf_counter() - sampled_s)
-        if step.plan.is_empty and self.scheduler.is_waiting_for_kv_only:
-            time.sleep(_STORE_POLL_S)  # only a store can wake us; it answers in milliseconds
+        if step.plan.is_empty and not self._running and self.scheduler.has_unfinished:
+            time.sleep(_STORE_POLL_S)  # only a store can go on: it has an answer to give, or blocks to give back
         return outputs
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,18 +56,18 @@ class Executor(Protocol):
         """Stop the worker."""
 
 
-@dataclass(slots=True)
-class _Lazy:
-    """A result computed by whoever asks first: the in-process executor has nobody else to do it."""
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A result that is there already."""
 
-    compute: Callable[[], StepResult]
+    value: StepResult
 
     def result(self) -> StepResult:
-        return self.compute()
+        return self.value
 
 
 class InProcessExecutor:
-    """One worker in the caller's thread; a handle is ready when it is returned."""
+    """One worker in the caller's thread; everything is done when a call returns, so a deeper queue changes nothing but the order of calls."""
 
     def __init__(self, worker: StepWorker) -> None:
         self._worker = worker
@@ -78,8 +77,8 @@ class InProcessExecutor:
         return self._worker.execute(plan)
 
     def sample(self, handle: StepHandle) -> StepFuture:
-        """Choose tokens when the result is asked for."""
-        return _Lazy(lambda: self._worker.sample(handle))
+        """Choose tokens now: the next forward may ask for them (`prev_rows`)."""
+        return _Done(self._worker.sample(handle))
 
     def close(self) -> None:
         """Close the worker."""

@@ -148,9 +148,9 @@ class Scheduler:
         return self.can_schedule or bool(self._in_flight)
 
     @property
-    def is_waiting_for_kv_only(self) -> bool:
-        """Nothing can be computed until a store answers."""
-        return bool(self.parked) and not self.running and not self.waiting
+    def has_unfinished(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._requests)
 
     def live_sequences(self) -> dict[str, list[Sequence]]:
         """Unfinished sequences by request; for reports and tests, not to be changed."""
@@ -240,9 +240,9 @@ class Scheduler:
             sequence = self.waiting[0]
             if self._num_seats + sequence.num_seats > self.limits.max_num_seqs:
                 break
-            found = self.kv.lookup(
+            found = sequence.found = self.kv.lookup(
                 sequence.tokens, salt=sequence.request.salt, use_cache=not sequence.wants_prompt_logprobs,
-                use_store=sequence.can_use_store,
+                use_store=sequence.can_use_store, previous=sequence.found,
             )  # fmt: skip
             if found.is_later or found.num_store_blocks:
                 if not self._park(sequence, found):

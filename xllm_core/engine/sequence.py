@@ -9,7 +9,7 @@ from xllm_core.plugins.contracts.scheduler import SequenceView
 from xllm_core.types import EngineRequest, SlotState
 
 if TYPE_CHECKING:
-    from xllm_core.kv.manager import SequenceKV
+    from xllm_core.kv.manager import Lookup, SequenceKV
 
 
 class Status(enum.Enum):
@@ -30,7 +30,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival_order", "can_use_store", "index", "kv", "max_len", "num_cached", "num_computed", "num_pending", "num_preemptions",
+        "arrival_order", "can_use_store", "found", "index", "kv", "max_len", "num_cached", "num_computed", "num_pending", "num_preemptions",
         "num_prompt", "num_scored", "num_siblings", "parked_s", "request", "sample_index", "sample_step", "slot", "status", "stop_ids", "tokens",
         "wants_prompt_logprobs",
     )  # fmt: skip
@@ -56,6 +56,7 @@ class Sequence:
         self.num_cached = 0
         self.num_scored = 0  # prompt positions whose logprobs went out; they are not sent again after a preemption
         self.wants_prompt_logprobs = request.params.prompt_logprobs is not None and index == 0
+        self.found: Lookup | None = None  # the last look-up, so that waiting does not hash the prompt again and again
         self.can_use_store = True
         self.parked_s: float | None = None  # when it first went aside for a store
         self.sample_step = -1

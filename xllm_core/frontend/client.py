@@ -12,7 +12,10 @@ from xllm_core.types import EngineRequest, TokenOutput
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts of a running engine. capacity_tokens: the longest sequence its KV pool holds. kernels: what was chosen, by name of its use."""
+    """Facts of a running engine. capacity_tokens: the longest sequence its KV pool holds. kernels: what was chosen, by name of its use.
+
+    is_row_invariant: the device promises that a row's result does not depend on the other rows, to the bit.
+    """
 
     model: str
     architecture: str
@@ -25,6 +28,7 @@ class EngineInfo:
     block_size: int
     kernels: Mapping[str, str] = field(default_factory=dict)
     plan_hash: str = ""
+    is_row_invariant: bool = False
 
 
 class EngineClient(Protocol):

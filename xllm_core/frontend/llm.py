@@ -16,6 +16,7 @@ from xllm_core.frontend.template import Message
 from xllm_core.types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
+    from xllm_core.config import Settings
     from xllm_core.frontend.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -26,7 +27,7 @@ class LLM:
 
     model: a Hugging Face directory, a .gguf file, `pkg:PYTHON_PACKAGE`, or a hub id. Further arguments are settings by their flat names
     (dtype, max_model_len, max_num_seqs, num_blocks, ...; `xllm generate --help` lists them), `config` is a TOML file, and `use`, `prefer`, `plugins`,
-    `plugin` are the tables of the same names. Raises ConfigError, ModelError, PluginError. Not thread-safe: use AsyncEngine for many callers.
+    `plugin` are the tables of the same names; or `settings` holds everything. Raises ConfigError, ModelError, PluginError. Not thread-safe: use AsyncEngine for many callers.
 
     Example::
 
@@ -37,10 +38,10 @@ class LLM:
             print(answer.outputs[0].text)
     """
 
-    def __init__(self, model: str, *, config: str | None = None, **settings: Any) -> None:
+    def __init__(self, model: str, *, config: str | None = None, settings: Settings | None = None, **flat: Any) -> None:
         from xllm_core.frontend.start import start_in_process
 
-        self.processor: Processor = start_in_process(model, config=config, **settings)
+        self.processor: Processor = start_in_process(model, config=config, settings=settings, **flat)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool | None = None

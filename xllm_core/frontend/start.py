@@ -49,7 +49,7 @@ def engine_info(assembly: Assembly, built: BuiltEngine) -> EngineInfo:
         model=str(plan.model_path), architecture=plan.architecture, dtype=plan.dtype, device=built.device.facts().name,
         max_model_len=plan.max_model_len, vocab_size=assembly.shape.vocab_size,
         capacity_tokens=built.engine.scheduler.kv.capacity_tokens, num_blocks=sum(built.geometry.num_blocks),
-        block_size=plan.block_size, kernels=kernels, plan_hash=plan.hash,
+        block_size=plan.block_size, kernels=kernels, plan_hash=plan.hash, is_row_invariant=built.device.facts().is_row_invariant,
     )  # fmt: skip
 
 

@@ -1,0 +1,370 @@
+"""The matrix of ARCHITECTURE §5: the same tokens come out, whatever is switched on.
+
+Every row runs the same prompts, greedy and seeded, with one feature forced to be active, and compares with the plain run: one request
+at a time, prompt in one piece, no prefix cache, room for everything. A row with a difference, or without activity, fails.
+
+A device that promises row-invariant ops must match to the bit. Another is compared up to the first difference of a sequence, where the
+two candidates must be a near tie under the plain run's own noised scores (1e-3 in float32, 0.25 in bfloat16), and 90 % of all tokens must
+have been compared.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from xllm_core.config import Settings
+from xllm_core.engine.engine import Engine
+from xllm_core.engine.executor import Executor, StepFuture, StepHandle
+from xllm_core.errors import XllmError
+from xllm_core.frontend.client import InProcessClient
+from xllm_core.frontend.processor import Processor
+from xllm_core.frontend.start import start_in_process
+from xllm_core.testing.prose import PROSE
+from xllm_core.types import EngineRequest, SamplingParams, StepPlan, TokenOutput
+
+MARGINS = {"float32": 1e-3, "bfloat16": 0.25}
+MIN_COMPARED = 0.9
+_TEMPERATURE = 0.8
+
+Key = tuple[str, int]
+Tokens = dict[Key, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is run. lengths: prompt tokens of each request."""
+
+    lengths: tuple[int, ...]
+    new_tokens: int
+
+
+FULL = Scale((1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 100, 150, 257, 400, 600), 64)
+QUICK = Scale((1, 16, 33, 100), 16)
+
+
+@dataclass(slots=True)
+class Row:
+    """One line of the report. activity counts what the feature did; `what` says what that is. differences: first few, in words."""
+
+    feature: str
+    is_identical: bool
+    num_compared: int
+    num_tokens: int
+    activity: int
+    what: str
+    differences: list[str] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def has_passed(self) -> bool:
+        """Identical, active, and enough was compared. A row that does not apply has a note and no tokens."""
+        if self.note:
+            return True
+        return self.is_identical and self.activity > 0 and self.num_compared >= MIN_COMPARED * self.num_tokens
+
+
+@dataclass(slots=True)
+class Report:
+    """All rows of one model, dtype and device."""
+
+    model: str
+    dtype: str
+    device: str
+    is_row_invariant: bool
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether every row passed, and there is one."""
+        return bool(self.rows) and all(row.has_passed for row in self.rows)
+
+
+class Verifier:
+    """Runs the matrix of one model and dtype. settings: flat settings under which everything runs (device, use, ...)."""
+
+    def __init__(self, model: str, *, dtype: str = "float32", scale: Scale = FULL, **settings: Any) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._scale = scale
+        self._settings = settings
+        self._plain: Processor | None = None
+        self._baseline: Tokens = {}
+        self._requests: list[EngineRequest] = []
+
+    def run(self, *, on_row: Callable[[Row], None] = lambda row: None, only: Sequence[str] = ()) -> Report:
+        """Run the plain pass, then every row; `on_row` hears of each as it is done. only: names of rows to run."""
+        unknown = set(only) - set(ROWS)
+        if unknown:
+            raise ValueError(f"no such rows: {sorted(unknown)}; rows are {', '.join(ROWS)}")
+        with self._engine(max_num_seqs=4, enable_prefix_cache=False) as plain:
+            self._plain = plain
+            info = plain.client.info()
+            self._requests = self._make_requests(plain)
+            for request in self._requests:
+                self._baseline |= drive(_engine_of(plain), [request])
+            report = Report(self._model, info.dtype, info.device, self._is_row_invariant(plain))
+            for name, make in ROWS.items():
+                if not only or name in only:
+                    row = make(self, name)
+                    report.rows.append(row)
+                    on_row(row)
+        return report
+
+    # ---- rows --------------------------------------------------------------------------------------------------------------
+
+    def batch_mates(self, name: str) -> Row:
+        """All requests together."""
+        with self._engine(max_num_seqs=len(self._requests)) as it:
+            steps: list[StepPlan] = []
+            got = drive(_engine_of(it), self._requests, on_plan=steps.append)
+            return self._compare(name, got, max(len(p.slots) for p in steps), "rows in one step")
+
+    def chunk(self, name: str, size: int) -> Row:
+        """Prompts in pieces of `size` tokens; 0 computes each prompt in one piece."""
+        with self._engine(max_num_seqs=len(self._requests), max_chunk_tokens=size, enable_prefix_cache=False) as it:
+            steps: list[StepPlan] = []
+            got = drive(_engine_of(it), self._requests, on_plan=steps.append)
+            if size:
+                return self._compare(name, got, sum(_count(p.lengths, size) for p in steps), f"pieces of {size}")
+            whole = {len(r.prompt_token_ids) for r in self._requests if len(r.prompt_token_ids) > 1}
+            return self._compare(name, got, sum(length in whole for p in steps for length in p.lengths), "whole prompts")
+
+    def prefix_cache(self, name: str) -> Row:
+        """Everything twice; the second time the prompts are in the cache."""
+        with self._engine(max_num_seqs=4, enable_prefix_cache=True) as it:
+            engine = _engine_of(it)
+            drive(engine, self._requests)
+            before = engine.scheduler.kv.stats().hit_tokens
+            got = drive(engine, self._requests)
+            return self._compare(name, got, engine.scheduler.kv.stats().hit_tokens - before, "tokens hit")
+
+    def preemption(self, name: str) -> Row:
+        """A pool so small that sequences are thrown out and computed again."""
+        size = self._block_size()
+        longest = max(self._scale.lengths) + self._scale.new_tokens
+        blocks = -(-longest // size) + 2
+        with self._engine(max_num_seqs=len(self._requests), num_blocks=blocks, max_num_batched_tokens=64) as it:
+            got = drive(_engine_of(it), self._requests)
+            return self._compare(name, got, _engine_of(it).scheduler.stats.num_preemptions, "preemptions")
+
+    def host_store(self, name: str) -> Row:
+        """KV goes to host memory, the device forgets it, and it comes back."""
+        with self._engine(max_num_seqs=4, enable_prefix_cache=True, use={**self._settings.get("use", {}), "kv_store": "core/host"}) as it:
+            engine = _engine_of(it)
+            drive(engine, self._requests)
+            settle(engine)
+            engine.scheduler.kv.reset_prefix_cache()
+            got = drive(engine, self._requests)
+            return self._compare(name, got, engine.scheduler.kv.stats().store_tokens, "tokens loaded")
+
+    def forks(self, name: str) -> Row:
+        """n = 3 from one prompt, against three sequences that never shared anything."""
+        several = [replace(r, params=replace(r.params, n=3)) for r in self._requests]
+        apart = [replace(r, emitted=((), (), ())) for r in several]
+        with self._engine(max_num_seqs=3, enable_prefix_cache=False) as it:
+            expected: Tokens = {}
+            for request in apart:
+                expected |= drive(_engine_of(it), [request])
+        with self._engine(max_num_seqs=3 * len(self._requests)) as it:
+            got = drive(_engine_of(it), several)
+            return self._compare(name, got, _engine_of(it).scheduler.stats.num_forks, "forks", expected=expected)
+
+    def resume(self, name: str) -> Row:
+        """Prompt plus the first half of the answer, as after a failover."""
+        resumed, num_emitted = [], 0
+        for request in self._requests:
+            said = self._baseline[request.request_id, 0]
+            emitted = said[: len(said) // 2]
+            num_emitted += len(emitted)
+            resumed.append(replace(request, emitted=(emitted,)))
+        with self._engine(max_num_seqs=len(self._requests)) as it:
+            got = drive(_engine_of(it), resumed)
+            for request in resumed:
+                got[request.request_id, 0] = [*request.emitted[0], *got[request.request_id, 0]]
+            return self._compare(name, got, num_emitted, "tokens emitted before")
+
+    def aborts(self, name: str) -> Row:
+        """As many neighbours again, each thrown out after a few steps."""
+        mates = [replace(r, request_id=f"mate-{r.request_id}", seed=r.seed + 1) for r in self._requests]
+        chance = random.Random(0)
+        due = {m.request_id: chance.randrange(1, self._scale.new_tokens // 2) for m in mates}
+        with self._engine(max_num_seqs=2 * len(self._requests)) as it:
+            engine = _engine_of(it)
+
+            def abort_some(plan: StepPlan) -> None:
+                for request_id in [i for i, left in due.items() if left <= 0]:
+                    engine.abort(request_id)
+                    del due[request_id]
+                for request_id in due:
+                    due[request_id] -= 1
+
+            mixed = [r for pair in zip(mates, self._requests, strict=True) for r in pair]
+            got = drive(engine, mixed, on_plan=abort_some)
+            mine = {key: tokens for key, tokens in got.items() if not key[0].startswith("mate-")}
+            return self._compare(name, mine, engine.scheduler.stats.num_aborted, "neighbours aborted")
+
+    # ---- comparison ----------------------------------------------------------------------------------------------------------
+
+    def _compare(self, name: str, got: Tokens, activity: int, what: str, *, expected: Tokens | None = None) -> Row:
+        expected = self._baseline if expected is None else expected
+        row = Row(name, True, 0, 0, activity, what)
+        for key, base in expected.items():
+            mine = got.get(key, [])
+            row.num_tokens += len(base)
+            at = next((i for i, (a, b) in enumerate(zip(base, mine, strict=False)) if a != b), min(len(base), len(mine)))
+            row.num_compared += at
+            if at == len(base) == len(mine):
+                continue
+            problem = self._judge(key, base, mine, at)
+            if problem:
+                row.is_identical = False
+                row.differences.append(problem)
+        return row
+
+    def _judge(self, key: Key, base: list[int], mine: list[int], at: int) -> str:
+        """Words for a difference that must not be; nothing for a near tie that this device is allowed."""
+        place = f"{key[0]}[{key[1]}] token {at}"
+        if at >= min(len(base), len(mine)):
+            return f"{place}: lengths differ, {len(base)} expected, {len(mine)} came"
+        assert self._plain is not None
+        words = f"{place}: {base[at]} expected, {mine[at]} came"
+        if self._is_row_invariant(self._plain):
+            return words
+        margin = self._margin(key, base, mine[at], at)
+        allowed = MARGINS[self._plain.client.info().dtype]
+        return "" if margin <= allowed else f"{words}, {margin:.2g} below the best (at most {allowed:g} is a near tie)"
+
+    def _margin(self, key: Key, base: list[int], other: int, at: int) -> float:
+        """How far the worse of the two tokens lies below the best noised score, by the plain run's own logits at that place."""
+        import torch
+
+        from xllm_core.runtime.noise import gumbel, stream_key
+
+        request = next(r for r in self._requests if r.request_id == key[0])
+        assert self._plain is not None
+        vocab = self._plain.client.info().vocab_size
+        params = replace(request.params, n=1, temperature=0.0, max_tokens=1, logprobs=vocab, ignore_eos=True)
+        prompt = [*request.prompt_token_ids, *base[:at]]
+        outputs: list[TokenOutput] = []
+        drive(_engine_of(self._plain), [replace(request, request_id="margin", prompt_token_ids=prompt, params=params, emitted=())], into=outputs)
+        scored = outputs[-1].logprobs
+        assert scored is not None
+        scores = torch.empty(vocab)
+        for token, logprob in scored[0].top:
+            scores[token] = logprob
+        temperature = request.params.temperature
+        if temperature:
+            stream = torch.tensor([[stream_key(request.seed, key[1], len(prompt))]])
+            scores = scores / temperature + gumbel(stream, torch.arange(vocab))[0]
+        return float(scores.max() - torch.min(scores[base[at]], scores[other]))
+
+    # ---- making engines and requests -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _engine(self, **settings: Any) -> Iterator[Processor]:
+        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, **settings}
+        processor = start_in_process(self._model, settings=Settings.from_flags(path=self._model, **flat))
+        try:
+            yield processor
+        finally:
+            processor.client.close()
+
+    def _make_requests(self, processor: Processor) -> list[EngineRequest]:
+        """Greedy and seeded requests in turn, over prose where there is a tokenizer and over random tokens where there is none."""
+        chance = random.Random(20)
+        info = processor.client.info()
+        pool = processor.tokenizer.encode(PROSE) if processor.tokenizer is not None else []
+        while len(pool) < sum(self._scale.lengths):
+            pool += pool if pool else [chance.randrange(info.vocab_size) for _ in range(4096)]
+        requests, at = [], 0
+        for i, length in enumerate(self._scale.lengths):
+            if length + self._scale.new_tokens > info.max_model_len:
+                raise XllmError(f"verify needs a context of {length + self._scale.new_tokens} tokens, this model has {info.max_model_len}; use --quick")
+            prompt, at = pool[at : at + length], at + length
+            for kind, temperature in (("greedy", 0.0), ("seeded", _TEMPERATURE)):
+                params = SamplingParams(max_tokens=self._scale.new_tokens, temperature=temperature, ignore_eos=True)
+                requests.append(EngineRequest(f"{kind}-{length}", tuple(prompt), params, seed=1000 + i))
+        return requests
+
+    def _block_size(self) -> int:
+        assert self._plain is not None
+        return self._plain.client.info().block_size
+
+    @staticmethod
+    def _is_row_invariant(processor: Processor) -> bool:
+        return processor.client.info().is_row_invariant
+
+
+ROWS: dict[str, Callable[[Verifier, str], Row]] = {
+    "batch mates": Verifier.batch_mates,
+    "chunk 16": lambda v, name: v.chunk(name, 16),
+    "chunk 64": lambda v, name: v.chunk(name, 64),
+    "chunk off": lambda v, name: v.chunk(name, 0),
+    "prefix cache": Verifier.prefix_cache,
+    "preemption": Verifier.preemption,
+    "host store": Verifier.host_store,
+    "n > 1 forks": Verifier.forks,
+    "resume": Verifier.resume,
+    "neighbours aborted": Verifier.aborts,
+}
+
+
+def drive(
+    engine: Engine, requests: Sequence[EngineRequest], *, on_plan: Callable[[StepPlan], None] | None = None, into: list[TokenOutput] | None = None
+) -> Tokens:
+    """Run requests to their end; returns tokens by (request id, sequence index). on_plan is called before each step runs."""
+    got: Tokens = {}
+    executor = engine.executor
+    if on_plan is not None:
+        engine.executor = _Watched(executor, on_plan)
+    try:
+        for request in requests:
+            engine.submit(request)
+            got |= {(request.request_id, i): [] for i in range(request.params.n)}
+        while engine.scheduler.live_sequences():
+            for output in engine.step():
+                got[output.request_id, output.index].extend(output.new_token_ids)
+                if into is not None:
+                    into.append(output)
+    finally:
+        engine.executor = executor
+    return got
+
+
+@dataclass(slots=True)
+class _Watched:
+    """An executor that shows each plan before it runs."""
+
+    executor: Executor
+    on_plan: Callable[[StepPlan], None]
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        self.on_plan(plan)
+        return self.executor.execute(plan)
+
+    def sample(self, handle: StepHandle) -> StepFuture:
+        return self.executor.sample(handle)
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def settle(engine: Engine) -> None:
+    """Step until no KV transfer is under way, so that what was to be saved is saved."""
+    while engine.has_work or engine.scheduler.kv.stats().held_blocks:
+        engine.step()
+        time.sleep(0.001)
+
+
+def _engine_of(processor: Processor) -> Engine:
+    assert isinstance(processor.client, InProcessClient)
+    return processor.client.engine
+
+
+def _count(values: Sequence[int], wanted: int) -> int:
+    return sum(value == wanted for value in values)
