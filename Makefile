@@ -1,12 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Everything is installed into .venv; the first run takes minutes, later ones start at once.
 #
 #   make demo PROMPT="Why is the sky blue?"
-#   make demo PIP_ARGS="--index-url URL"    where pip finds torch (a CPU build, a mirror); given to every pip call of set-up
+#   make demo TORCH_ARGS="--index-url URL"  where pip finds torch, e.g. an index of CPU builds; PIP_ARGS goes to every pip call
 #   make test ARGS="-k scheduler"           ARGS goes to pytest
 
 PYTHON ?= python3
 VENV   ?= .venv
 PROMPT ?= Explain in two sentences why the sky is blue.
+TORCH_ARGS ?=
 PIP_ARGS ?=
 ARGS ?=
 
@@ -19,7 +20,8 @@ SUITES  := tests $(wildcard plugins/*/tests)
 LINTED  := xllm_core $(SUITES) $(wildcard plugins/*/src benchmarks examples)
 PYTEST  := $(RUN) -m pytest
 
-# The question reaches the program through the environment, so that quotes and dollar signs in it are only text.
+# The question reaches the program through the environment, as it was typed: quotes and dollar signs in it are only text.
+override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
@@ -40,7 +42,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python constraints.txt
-	@torch=`sed -n 's/^torch==/torch==/p' constraints.txt`; echo "set-up: installing $$torch (the large one)"; $(PIP) $(PIP_ARGS) $$torch
+	@torch=`sed -n 's/^torch==/torch==/p' constraints.txt`; echo "set-up: installing $$torch (the large one)"; $(PIP) $(PIP_ARGS) $(TORCH_ARGS) $$torch
 	@touch $@
 
 $(VENV)/.demo-ready: $(VENV)/.torch $(DEPS)

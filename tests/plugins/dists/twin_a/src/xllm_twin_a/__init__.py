@@ -1,0 +1,3 @@
+"""A plugin for tests."""
+
+from __future__ import annotations
