@@ -1,0 +1,80 @@
+"""A model driven by hand: paged KV, a block table per sequence, no engine. What the runner does, in the fewest lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from xllm_core.plugins.contracts.attention import AttentionGeometry, BatchLayout
+from xllm_core.plugins.contracts.kv import KVGeometry
+from xllm_core.plugins.contracts.model import ForwardContext, ModelFamily
+from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.weights import Checkpoint
+from xllm_core.reference import ops as reference_ops
+from xllm_core.reference.attention import ReferenceAttention
+from xllm_core.reference.device import ReferenceDevice
+from xllm_core.runtime.kv_cache import KVCache
+from xllm_core.runtime.loader import load_weights
+from xllm_core.runtime.parts import CoreParts
+
+
+def built_ops(device: ReferenceDevice) -> dict[str, Any]:
+    """Every core op of the reference."""
+    names = {name: "".join(word.capitalize() for word in name.split("_")) for name in CORE_OPS}
+    return {name: getattr(reference_ops, attribute)(device) for name, attribute in names.items()}
+
+
+class Harness:
+    """One model with room for `num_seqs` sequences of `max_len` tokens; blocks are dealt out in a scrambled order."""
+
+    def __init__(
+        self, family: ModelFamily, checkpoint: Checkpoint, *, dtype: str = "float32", num_seqs: int = 4, max_len: int = 64,
+        block_size: int = 4, config: Mapping[str, Any] | None = None, **ranks: Any,
+    ) -> None:  # fmt: skip
+        config = checkpoint.config if config is None else config
+        device = ReferenceDevice(0)
+        world_size = ranks.get("world_size", 1)
+        groups = family.kv_groups(config, dtype)
+        self.block_size, self._groups = block_size, [group.name for group in groups]
+        self._kernels = {}
+        for name, facts in family.attention(config).items():
+            heads = {key: facts[key] // world_size for key in ("num_heads", "num_kv_heads")}
+            geometry = AttentionGeometry(**{**facts, **heads}, block_size=block_size, dtype=dtype)
+            self._kernels[name] = ReferenceAttention(device, geometry)
+        self.parts = CoreParts(device, dtype, built_ops(device), self._kernels, **ranks)
+        self.model = family.build(config, self.parts)
+        self.report = load_weights(checkpoint, family.weight_map(config), self.parts)
+        blocks_each = -(-max_len // block_size)
+        num_blocks = num_seqs * blocks_each + 1
+        cache = KVCache(device, KVGeometry(tuple(groups), block_size, (num_blocks,) * len(groups), (), "BSGD", ""))
+        for tensor in (tensor for group in range(len(groups)) for tensor in cache.tensors(group)):
+            tensor.fill_(float("nan"))  # whatever was not written must never be read
+        self.parts.bind_kv(cache)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))[: num_seqs * blocks_each]
+        self._tables = order.view(num_seqs, blocks_each).to(torch.int32)
+        self._lens = [0] * num_seqs
+
+    @torch.inference_mode()
+    def step(self, new: Mapping[int, Sequence[int]], *, all_logits: bool = True) -> dict[int, torch.Tensor]:
+        """Feed new tokens to sequences; returns logits [new tokens, vocab] (only the last row without `all_logits`) per sequence."""
+        rows = list(new)
+        query = torch.tensor([len(new[row]) for row in rows], dtype=torch.int32)
+        kv = torch.tensor([self._lens[row] + len(new[row]) for row in rows], dtype=torch.int32)
+        starts = torch.cat((torch.zeros(1, dtype=torch.int32), query.cumsum(0).to(torch.int32)))
+        positions = torch.cat([torch.arange(self._lens[row], self._lens[row] + len(new[row])) for row in rows])
+        owner = torch.repeat_interleave(torch.tensor(rows), query.long())
+        slots = self._tables[owner, positions // self.block_size].long() * self.block_size + positions % self.block_size
+        layout = BatchLayout(query, kv, starts, self._tables[rows])
+        plans = {name: kernel.plan(layout) for name, kernel in self._kernels.items()}
+        ctx = ForwardContext(positions, dict.fromkeys(self._groups, slots), plans)
+        h = self.model.embed(torch.tensor([token for row in rows for token in new[row]]))
+        for layer in self.model.layers:
+            h = layer(h, ctx)
+        for row in rows:
+            self._lens[row] += len(new[row])
+        if not all_logits:
+            last = self.model.head(h[starts[1:].long() - 1])
+            return {row: last[index : index + 1] for index, row in enumerate(rows)}
+        return dict(zip(rows, self.model.head(h).split(query.tolist()), strict=True))

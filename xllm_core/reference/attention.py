@@ -1,0 +1,138 @@
+"""Paged attention in plain PyTorch: gather a row's keys and values, attend, done.
+
+All index work is done once per step in `plan`; `run`, called once per layer, only gathers and multiplies. Rows with one new token
+(decode) of similar length are padded to one another and attended together; a row with several new tokens goes alone.
+Padding repeats the row's own last slot and is masked, so that no memory of somebody else is ever read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from xllm_core.plugins.contracts.attention import AttentionGeometry, BatchLayout, KVSegments
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.contracts.device import DeviceBackend
+
+# Gathered tokens per call: bounds the copy of keys and values, whatever the batch.
+_MAX_GATHERED = 65536
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """Rows attended in one call: R rows of `num_queries` new tokens each (R > 1 only for one new token).
+
+    tokens: [R * num_queries] int64 into the step's tokens, in order; or a slice of them. slots: [R * num_keys] int64, counted over
+    B * S. visible: what each query may see, broadcast to [R, G, queries, num_keys]; None when all is visible or causality alone decides.
+    """
+
+    tokens: torch.Tensor | slice
+    num_rows: int
+    num_queries: int
+    num_keys: int
+    slots: torch.Tensor
+    visible: torch.Tensor | None
+    is_causal: bool
+
+
+class ReferenceAttention:
+    """`contracts.attention.AttentionKernel` for layout "BSGD"; knows sliding windows and soft caps."""
+
+    def __init__(self, device: DeviceBackend, geometry: AttentionGeometry) -> None:
+        self._geometry = geometry
+        self._group_size = geometry.num_heads // geometry.num_kv_heads
+
+    def plan(self, batch: BatchLayout) -> list[RowGroup]:
+        """Find every row's slots and masks; batch as the contract says."""
+        query_lens, kv_lens = batch.query_lens.numpy(), batch.kv_lens.numpy()
+        starts, tables = batch.query_starts.numpy(), batch.block_tables.numpy()
+        groups: list[RowGroup] = []
+        decode_rows: dict[int, list[int]] = defaultdict(list)
+        for row, (num_queries, num_keys) in enumerate(zip(query_lens.tolist(), kv_lens.tolist(), strict=True)):
+            if num_queries == 1:
+                decode_rows[self._num_seen(num_keys).bit_length()].append(row)
+            elif num_queries > 1:
+                groups.append(self._plan_prefill(int(starts[row]), num_queries, num_keys, tables[row]))
+        for rows in decode_rows.values():
+            width = max(1, _MAX_GATHERED // max(self._num_seen(int(kv_lens[row])) for row in rows))
+            for first in range(0, len(rows), width):
+                part = np.asarray(rows[first : first + width])
+                groups.append(self._plan_decode(starts[part], kv_lens[part], tables[part]))
+        return groups
+
+    def run(self, q: torch.Tensor, kv: KVSegments, plan: list[RowGroup], out: torch.Tensor) -> None:
+        """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]."""
+        num_kv_heads, head_size = self._geometry.num_kv_heads, self._geometry.head_size
+        keys, values = (cache.view(-1, num_kv_heads * head_size) for cache in kv.own)
+        for group in plan:
+            shape = (group.num_rows, group.num_keys, num_kv_heads, head_size)
+            k = keys.index_select(0, group.slots).view(shape).transpose(1, 2)
+            v = values.index_select(0, group.slots).view(shape).transpose(1, 2)
+            grouped = q[group.tokens].view(-1, num_kv_heads, self._group_size, head_size)
+            if group.num_queries == 1:
+                # The heads that share keys become query positions: [R, G, heads per group, D].
+                out[group.tokens] = self._attend(grouped, k, v, group).reshape(group.num_rows, -1, head_size)
+            else:
+                # The heads that share keys become a batch: [heads per group, G, queries, D].
+                k, v = (tensor.expand(self._group_size, -1, -1, -1) for tensor in (k, v))
+                attended = self._attend(grouped.permute(2, 1, 0, 3), k, v, group)
+                out[group.tokens] = attended.permute(2, 1, 0, 3).reshape(group.num_queries, -1, head_size)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: RowGroup) -> torch.Tensor:
+        scale, soft_cap = self._geometry.scale, self._geometry.soft_cap
+        if soft_cap is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=group.visible, is_causal=group.is_causal, scale=scale
+            )
+        scores = soft_cap * torch.tanh(torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale / soft_cap)
+        visible = group.visible
+        if group.is_causal:
+            visible = torch.ones(group.num_queries, group.num_keys, dtype=torch.bool).tril()
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
+
+    def _num_seen(self, num_keys: int) -> int:
+        """Keys that the last query of a row sees."""
+        window = self._geometry.sliding_window
+        return num_keys if window is None else min(num_keys, window)
+
+    def _plan_decode(self, tokens: np.ndarray, kv_lens: np.ndarray, tables: np.ndarray) -> RowGroup:
+        lens = np.asarray([self._num_seen(int(num_keys)) for num_keys in kv_lens])
+        width = int(lens.max())
+        # Shorter rows repeat their last position to the right; the mask hides the copies.
+        positions = np.minimum((kv_lens - lens)[:, None] + np.arange(width), kv_lens[:, None] - 1)
+        visible = None
+        if (lens < width).any():
+            visible = torch.from_numpy(np.arange(width) < lens[:, None])[:, None, None, :]
+        return RowGroup(
+            tokens=torch.from_numpy(tokens.astype(np.int64)), num_rows=len(lens), num_queries=1, num_keys=width,
+            slots=self._slots(tables, positions), visible=visible, is_causal=False,
+        )  # fmt: skip
+
+    def _plan_prefill(self, start: int, num_queries: int, num_keys: int, table: np.ndarray) -> RowGroup:
+        window = self._geometry.sliding_window
+        first_query = num_keys - num_queries
+        first_key = 0 if window is None else max(0, first_query - window + 1)
+        positions = np.arange(first_key, num_keys)
+        is_causal = first_query == first_key == 0 and (window is None or window >= num_keys)
+        visible = None
+        if not is_causal:
+            distance = np.arange(first_query, num_keys)[:, None] - positions
+            visible = torch.from_numpy((distance >= 0) & (distance < (window or num_keys)))
+        return RowGroup(
+            tokens=slice(start, start + num_queries), num_rows=1, num_queries=num_queries, num_keys=len(positions),
+            slots=self._slots(table[None], positions[None]), visible=visible, is_causal=is_causal,
+        )  # fmt: skip
+
+    def _slots(self, tables: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """Flat slots of positions [R, K], by each row's block table [R, max_blocks]."""
+        size = self._geometry.block_size
+        blocks = np.take_along_axis(tables, positions // size, axis=1).astype(np.int64)
+        return torch.from_numpy((blocks * size + positions % size).reshape(-1))

@@ -1,0 +1,150 @@
+"""What each op means, in the plainest PyTorch that is not wasteful. Every kernel to come is compared with these.
+
+Each class is built once with its device and then called from layers; the table in `contracts.ops` names arguments and shapes.
+Rounding points are those of Hugging Face transformers, which the models are checked against.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.contracts.device import DeviceBackend
+
+# Up to this many rows torch multiplies bfloat16 at the speed of memory on any CPU.
+_FEW_ROWS = 4
+# Weight rows widened to float32 at a time: the copy stays in cache until it is multiplied.
+_TILE_ROWS = 2048
+
+
+class Linear:
+    """`linear`: x @ weight.T + bias, summed in float32, rounded once.
+
+    CPUs without AVX-512 have no fast bfloat16 product for many rows: there the weight is widened to float32 tile by tile, which
+    is several times faster than torch's own path and no less exact. The weight itself stays as it was given.
+    """
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._widens = not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Nothing to lay out: the pair is kept as it is."""
+        return weight, bias
+
+    def __call__(self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out] in x's dtype."""
+        weight, bias = prepared
+        if not self._widens or x.dtype != torch.bfloat16 or len(x) <= _FEW_ROWS:
+            return F.linear(x, weight, bias)
+        wide = x.float()
+        if len(weight) <= 2 * _TILE_ROWS:
+            return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        out = x.new_empty(len(x), len(weight))
+        for start in range(0, len(weight), _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            out[:, rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        return out
+
+
+class Embedding:
+    """`embedding`: rows of a table."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """ids: [T] int64, weight: [V, H]. Returns [T, H]."""
+        return weight.index_select(0, ids)
+
+
+class RmsNorm:
+    """`rms_norm`: x / sqrt(mean(x²) + eps) * weight. Source: arXiv:1910.07467."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x: [T, ..., H], weight: [H]. Normalised in float32, rounded to x's dtype, then times weight."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * normed.to(x.dtype)
+
+
+class AddRmsNorm:
+    """`add_rms_norm`: the sum of a residual stream and its norm."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._norm = RmsNorm(device)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual: [T, H]. Returns (norm of the sum, the sum)."""
+        total = residual + x
+        return self._norm(total, weight, eps), total
+
+
+class Rope:
+    """`rope`: rotary position embedding on half-split pairs (i, i + R / 2). Source: arXiv:2104.09864."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q: [T, Hq, D], k: [T, Hk, D], cos and sin: [T, R] in the same dtype, R <= D; the rest passes unrotated."""
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    size = cos.shape[-1]
+    rotated, rest = x[..., :size], x[..., size:]
+    first, second = rotated.chunk(2, dim=-1)
+    turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class SiluMul:
+    """`silu_mul`: silu(first half) * second half."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up: [T, 2I]. Returns [T, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class KvWrite:
+    """`kv_write`: store one new entry per token. The only op that changes a cache, beside `block_copy`."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(
+        self, new: tuple[torch.Tensor, ...], caches: tuple[torch.Tensor, ...], slots: torch.Tensor
+    ) -> None:
+        """new[i]: [T, ...], caches[i]: [B, S, ...] contiguous, slots: [T] int64 counted over B * S; -1 is skipped."""
+        if (slots < 0).any():
+            kept = slots >= 0
+            new, slots = tuple(tensor[kept] for tensor in new), slots[kept]
+        for tensor, cache in zip(new, caches, strict=True):
+            cache.flatten(0, 1).index_copy_(0, slots, tensor.to(cache.dtype))
+
+
+class BlockCopy:
+    """`block_copy`: whole blocks, for copy on write. All sources are read before any destination is written."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(self, caches: tuple[torch.Tensor, ...], src: torch.Tensor, dst: torch.Tensor) -> None:
+        """caches[i]: [B, S, ...], src and dst: [N] int64 block ids."""
+        for cache in caches:
+            cache.index_copy_(0, dst, cache.index_select(0, src))

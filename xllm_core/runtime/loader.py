@@ -1,0 +1,139 @@
+"""From a checkpoint to a model's parameters, by the family's weight map.
+
+All names and shapes are compared before a byte is read, so a wrong checkpoint is refused whole and at once. Then each tensor is read
+(mapped or unpacked), cut to this rank's share, cast and copied into place, one at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from xllm_core.errors import IntegrityError, WeightMismatchError
+from xllm_core.plugins.contracts.weights import Checkpoint, TensorInfo, WeightEntry, WeightMap
+from xllm_core.runtime.parts import CoreParts, Parameter
+
+Progress = Callable[[str, int, int], None]
+_NUM_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did. loaded_bytes: of the parameters filled, in the model's dtype. num_ignored: tensors left unread on purpose."""
+
+    num_tensors: int
+    num_ignored: int
+    loaded_bytes: int
+    seconds: float
+
+
+def load_weights(
+    checkpoint: Checkpoint, weight_map: WeightMap, parts: CoreParts, *, progress: Progress | None = None
+) -> LoadReport:
+    """Fill every parameter of `parts` and finish them.
+
+    progress: called with (tensor name, bytes done, bytes in all) after each tensor, bytes of the model's dtype.
+    Raises WeightMismatchError for missing, misshapen, surplus and non-finite tensors, ModelFormatError for unreadable ones.
+    """
+    started_s = time.monotonic()
+    held = checkpoint.tensors()
+    sources = _match(checkpoint, held, weight_map)
+    _check_coverage(weight_map.entries, parts.parameters)
+    total = sum(torch.Size(entry.shape).numel() for entry in weight_map.entries) * parts.dtype.itemsize
+    done = 0
+    for entry, source in zip(weight_map.entries, sources, strict=True):
+        if source:  # else it stays zero, as a bias that is not there
+            _fill(checkpoint, entry, source, parts)
+        done += torch.Size(entry.shape).numel() * parts.dtype.itemsize
+        if progress is not None:
+            progress(entry.name, done, total)
+    parts.finish()
+    return LoadReport(
+        num_tensors=sum(map(bool, sources)),
+        num_ignored=len(set(held) - set(sources)),
+        loaded_bytes=done // parts.world_size,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def _match(checkpoint: Checkpoint, held: Mapping[str, TensorInfo], weight_map: WeightMap) -> list[str]:
+    """The checkpoint's name for each entry, "" for an absent optional one that nothing stands in for; raises with all that does not fit."""
+    sources: list[str] = []
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for entry in weight_map.entries:
+        source = entry.name
+        if source not in held and entry.is_optional:
+            source = entry.fallback or ""
+        sources.append(source)
+        if source and source not in held:
+            missing.append(source)
+        elif source and held[source].shape != entry.shape:
+            misshapen.append(f"{source} is {list(held[source].shape)}, the model needs {list(entry.shape)}")
+    ignorable = [re.compile(pattern) for pattern in weight_map.ignorable]
+    used = set(sources)
+    surplus = [name for name in held if name not in used and not any(p.fullmatch(name) for p in ignorable)]
+    problems = [
+        _listed(missing, "missing"),
+        _listed(misshapen, "misshapen"),
+        _listed(surplus, "not expected by this model"),
+    ]
+    if any(problems):
+        raise WeightMismatchError(
+            f"{checkpoint.path}: the weights do not fit the configuration\n"
+            + "\n".join(problem for problem in problems if problem)
+            + "\ncheck that configuration and weights belong together and that the download is complete"
+        )
+    return sources
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return f"  {len(names)} {what}: {'; '.join(names[:_NUM_NAMED])}{more}"
+
+
+def _check_coverage(entries: Sequence[WeightEntry], parameters: Mapping[str, Parameter]) -> None:
+    """A weight map must fill each parameter exactly; a gap would leave zeros in a model that runs."""
+    filled = dict.fromkeys(parameters, 0)
+    for entry in entries:
+        parameter = parameters.get(entry.param)
+        if parameter is None:
+            raise IntegrityError(f"the weight map fills {entry.param!r}, which the model did not ask for")
+        count = parameter.shape[0] if entry.rows is None else entry.rows[1]
+        if (count, *parameter.shape[1:]) != entry.shape or entry.axis != parameter.axis:
+            raise IntegrityError(
+                f"the weight map gives {entry.name!r} shape {entry.shape} and axis {entry.axis!r}; it fills {count} rows of"
+                f" {entry.param!r}, which has shape {parameter.shape} and axis {parameter.axis!r}"
+            )
+        filled[entry.param] += count
+    for name, count in filled.items():
+        if count != parameters[name].shape[0]:
+            raise IntegrityError(f"the weight map fills {count} of {parameters[name].shape[0]} rows of {name!r}")
+
+
+def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CoreParts) -> None:
+    """Copy this rank's share of one tensor into its rows of the parameter."""
+    parameter = parts.parameters[entry.param]
+    assert parameter.tensor is not None, f"{parameter.name} was filled and finished before"
+    target, tensor = parameter.tensor, checkpoint.read(source)
+    if entry.rows is not None:
+        # Each tensor of a fused parameter is shared out by itself, so a rank holds its queries, then its keys, then its values.
+        first, count = entry.rows
+        divisor = parts.world_size if parameter.divided_dim == 0 else 1
+        target = target[first // divisor : (first + count) // divisor]
+    if (dim := parameter.divided_dim) is not None:
+        share = parts.share(entry.shape[dim])
+        tensor = tensor.narrow(dim, parts.rank * share, share)
+    target.copy_(tensor)
+    # One pass over what was just written. A sum is finite exactly when all terms are: overflow needs 1e38, which no weight is near.
+    if not torch.isfinite(target.sum(dtype=torch.float32)):
+        raise WeightMismatchError(
+            f"{checkpoint.path}: tensor {source!r} holds values that are not finite in {parts.dtype}; the file is damaged, or its"
+            " weights need a wider dtype"
+        )

@@ -1,0 +1,217 @@
+"""`contracts.model.Parts` as one worker builds it: ops, kernels, parameters and collectives, bound together once.
+
+Life: construct -> the family's `build` asks for everything -> the loader fills `parameters` -> `finish` lays weights out ->
+`bind_kv` -> forwards. Asking twice for one name, or for a group without kernel, is a bug and raises at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xllm_core.errors import ConfigError, IntegrityError
+from xllm_core.plugins.contracts.attention import AttentionKernel, KVSegments
+from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.model import Attention, ForwardContext, Linear
+from xllm_core.plugins.contracts.ops import LinearOp
+from xllm_core.plugins.contracts.weights import Axis
+from xllm_core.runtime.dtypes import torch_dtype
+from xllm_core.runtime.kv_cache import KVCache
+
+# The dimension that each axis divides.
+_DIVIDED_DIM: Mapping[Axis, int] = {"column": 0, "vocab": 0, "expert": 0, "row": 1}
+
+
+@dataclass(slots=True)
+class Parameter:
+    """One named weight of this rank. `shape` is full, `tensor` this rank's share; None once an op has taken the weight over."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: Axis
+    tensor: torch.Tensor | None
+
+    @property
+    def divided_dim(self) -> int | None:
+        """The dimension that ranks share out; None when every rank holds all of it."""
+        return _DIVIDED_DIM.get(self.axis)
+
+
+class CoreParts:
+    """Everything a model is made of, on one device, for one rank.
+
+    ops: built callables by name. kernels: built attention kernels by KV group, made for this rank's share of the heads.
+    all_reduce(tensor) returns the sum over ranks, all_gather(tensor) the concatenation of last dimensions; needed if `world_size` > 1.
+    """
+
+    def __init__(
+        self,
+        device: DeviceBackend,
+        dtype: torch.dtype | str,
+        ops: Mapping[str, Callable[..., Any]],
+        kernels: Mapping[str, AttentionKernel],
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        if world_size > 1 and (all_reduce is None or all_gather is None):
+            raise IntegrityError(f"{world_size} ranks need both all_reduce and all_gather")
+        self.device, self.torch_device = device, device.facts().torch_device
+        self.dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+        self.world_size, self.rank = world_size, rank
+        self.parameters: dict[str, Parameter] = {}
+        self._ops, self._kernels = ops, kernels
+        self._all_reduce = all_reduce or _identity
+        self._all_gather = all_gather or _identity
+        self._linears: list[_BoundLinear] = []
+        self._attentions: dict[tuple[str, int], _BoundAttention] = {}
+
+    # What models call.
+
+    def share(self, size: int) -> int:
+        """This rank's part of a divided dimension."""
+        if size % self.world_size:
+            raise ConfigError(
+                f"a dimension of {size} does not divide over {self.world_size} ranks; use a number of ranks that divides it"
+            )
+        return size // self.world_size
+
+    def op(self, name: str) -> Callable[..., Any]:
+        """A bound op."""
+        if name not in self._ops:
+            raise IntegrityError(f"the model asks for the op {name!r}, the plan holds {', '.join(sorted(self._ops))}")
+        return self._ops[name]
+
+    def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
+        """A parameter that the model keeps and hands to ops itself."""
+        tensor = self._new_parameter(name, shape, axis).tensor
+        assert tensor is not None
+        return tensor
+
+    def linear(
+        self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False
+    ) -> Linear:
+        """A linear map; with axis "row" its result is summed over ranks, and the bias is added by rank 0 alone."""
+        weight = self._new_parameter(f"{name}.weight", (out_features, in_features), axis)
+        bias_axis: Axis = "replicated" if axis == "row" else axis
+        bias = self._new_parameter(f"{name}.bias", (out_features,), bias_axis) if has_bias else None
+        is_added_here = axis != "row" or self.rank == 0
+        after = self._all_reduce if axis == "row" else _identity
+        return self._bind(_BoundLinear(self.op("linear"), weight, bias if is_added_here else None, after))
+
+    def embedding(self, name: str, num_embeddings: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A table divided over the vocabulary."""
+        parameter = self._new_parameter(f"{name}.weight", (num_embeddings, size), "vocab")
+        assert parameter.tensor is not None
+        table, look_up = parameter.tensor, self.op("embedding")
+        if self.world_size == 1:
+            return lambda ids: look_up(ids, table)
+        first, all_reduce = self.rank * len(table), self._all_reduce
+
+        def embed(ids: torch.Tensor) -> torch.Tensor:
+            is_mine = (ids >= first) & (ids < first + len(table))
+            rows = look_up(torch.where(is_mine, ids - first, 0), table)
+            return all_reduce(rows * is_mine.unsqueeze(-1))
+
+        return embed
+
+    def lm_head(self, name: str, size: int, vocab_size: int, *, tied_to: str | None = None) -> Linear:
+        """The output projection; `tied_to` names the embedding, as given to `embedding`, whose table it multiplies with."""
+        if tied_to is None:
+            weight = self._new_parameter(f"{name}.weight", (vocab_size, size), "vocab")
+        else:
+            weight = self.parameters[f"{tied_to}.weight"]
+        return self._bind(_BoundLinear(self.op("linear"), weight, None, self._all_gather))
+
+    def attention(
+        self, group: str, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int, scale: float,
+        sliding_window: int | None = None, soft_cap: float | None = None,
+    ) -> Attention:  # fmt: skip
+        """One layer's attention. Geometry was settled when the group's kernel was chosen; what is checked here is that there is one."""
+        if group not in self._kernels:
+            raise IntegrityError(f"layer {layer} asks for KV group {group!r}, kernels exist for {sorted(self._kernels)}")
+        if (group, layer) in self._attentions:
+            raise IntegrityError(f"layer {layer} asks twice for attention in KV group {group!r}")
+        bound = _BoundAttention(group, self._kernels[group], self.op("kv_write"))
+        self._attentions[group, layer] = bound
+        return bound
+
+    # What the worker calls.
+
+    def finish(self) -> None:
+        """Hand filled weights to their ops one after the other, and let go of each at once: packing needs room for one weight, not all."""
+        num_users = Counter(linear.weight.name for linear in self._linears)
+        for linear in self._linears:
+            linear.prepare()
+            num_users[linear.weight.name] -= 1
+            if num_users[linear.weight.name] == 0:  # a tied table is read by the embedding, which has its own hold on it
+                linear.weight.tensor = None
+        for parameter in self.parameters.values():
+            parameter.tensor = None
+
+    def bind_kv(self, cache: KVCache) -> None:
+        """Give every attention layer its cache tensors; may be called again after a reallocation."""
+        for (_, layer), attention in self._attentions.items():
+            attention.segments = KVSegments(own=cache.layers[layer])
+
+    def _new_parameter(self, name: str, shape: Sequence[int], axis: Axis) -> Parameter:
+        if name in self.parameters:
+            raise IntegrityError(f"the model asks twice for the parameter {name!r}")
+        parameter = Parameter(name, tuple(shape), axis, None)
+        local = list(shape)
+        if (dim := parameter.divided_dim) is not None:
+            local[dim] = self.share(local[dim])
+        parameter.tensor = self.device.allocate(local, self.dtype)
+        self.parameters[name] = parameter
+        return parameter
+
+    def _bind(self, linear: _BoundLinear) -> _BoundLinear:
+        self._linears.append(linear)
+        return linear
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class _BoundLinear:
+    """A linear map with its laid out weight."""
+
+    def __init__(
+        self,
+        op: Callable[..., Any],
+        weight: Parameter,
+        bias: Parameter | None,
+        after: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._op: LinearOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
+        self.weight, self._bias, self._after = weight, bias, after
+        self._prepared: Any = None
+
+    def prepare(self) -> None:
+        assert self.weight.tensor is not None
+        self._prepared = self._op.prepare(self.weight.tensor, self._bias.tensor if self._bias else None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._after(self._op(x, self._prepared))
+
+
+class _BoundAttention:
+    """One layer's way to its cache. `segments` is bound once the cache exists."""
+
+    segments: KVSegments
+
+    def __init__(self, group: str, kernel: AttentionKernel, kv_write: Callable[..., Any]) -> None:
+        self._group, self._kernel, self._kv_write = group, kernel, kv_write
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        self._kv_write((k, v), self.segments.own, ctx.kv_slots[self._group])
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        self._kernel.run(q, self.segments, ctx.plans[self._group], out)
+        return out.flatten(1)
