@@ -27,7 +27,9 @@ def records(manager: PluginManager) -> dict[str, PluginRecord]:
 def in_process(plugin_id: str, **hooks: Any) -> Any:
     """A plugin without a distribution."""
     return SimpleNamespace(
-        __name__=f"{plugin_id}_module", xllm_plugin=PluginInfo(id=plugin_id), **{k: hookimpl(v) for k, v in hooks.items()}
+        __name__=f"{plugin_id}_module",
+        xllm_plugin=PluginInfo(id=plugin_id),
+        **{k: hookimpl(v) for k, v in hooks.items()},
     )
 
 
@@ -54,7 +56,10 @@ def test_broken_plugins_are_named_and_stop_nobody(install: Install) -> None:
     found = records(PluginManager.discover().load())
     assert found["good"].state == "loaded"
     assert found["broken"].state == "failed"
-    assert "ModuleNotFoundError: No module named 'xllm_vendor_library_that_is_not_installed' (plugin.py:5)" in found["broken"].reason
+    assert (
+        "ModuleNotFoundError: No module named 'xllm_vendor_library_that_is_not_installed' (plugin.py:5)"
+        in found["broken"].reason
+    )
     assert found["typo"].state == "failed"
     assert "unknown hook 'xllm_atention'" in found["typo"].reason
     assert found["wrongspec"].state == "failed"
@@ -180,11 +185,26 @@ def _wrapper() -> Iterable[Any]:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (SimpleNamespace(__name__="m", xllm_plugin=PluginInfo(id="p"), xllm_models=_wrapper), "not marked with @hookimpl"),
-        (in_process("p", xllm_models=lambda: [ModelSpec(name="a/b", target="a:b", architectures=frozenset())]), "no '/'"),
-        (in_process("p", xllm_models=lambda: [ModelSpec(name="a", target="a.b", architectures=frozenset())]), "package.module:attribute"),
-        (in_process("p", xllm_schedulers=lambda: [SchedulerSpec(name="a", target="a:b")] * 2), "offers the name 'a' twice"),
-        (in_process("p", xllm_schedulers=lambda: SchedulerSpec(name="a", target="a:b")), "return an iterable of SchedulerSpec"),
+        (
+            SimpleNamespace(__name__="m", xllm_plugin=PluginInfo(id="p"), xllm_models=_wrapper),
+            "not marked with @hookimpl",
+        ),
+        (
+            in_process("p", xllm_models=lambda: [ModelSpec(name="a/b", target="a:b", architectures=frozenset())]),
+            "no '/'",
+        ),
+        (
+            in_process("p", xllm_models=lambda: [ModelSpec(name="a", target="a.b", architectures=frozenset())]),
+            "package.module:attribute",
+        ),
+        (
+            in_process("p", xllm_schedulers=lambda: [SchedulerSpec(name="a", target="a:b")] * 2),
+            "offers the name 'a' twice",
+        ),
+        (
+            in_process("p", xllm_schedulers=lambda: SchedulerSpec(name="a", target="a:b")),
+            "return an iterable of SchedulerSpec",
+        ),
         (in_process("p", xllm_schedulers=lambda typo: []), "typo"),
         (SimpleNamespace(__name__="m", xllm_plugin=PluginInfo(id="p", xllm_api=">=7")), "needs plugin API >=7"),
         (in_process("chat", xllm_cli=lambda: [SimpleNamespace()]), "xllm_cli offered a SimpleNamespace"),
@@ -230,7 +250,9 @@ def test_a_plugins_table_is_checked_by_the_plugin(install: Install) -> None:
     manager = PluginManager.discover(Settings(plugin={"good": {"host_store_bytes": "4096"}})).load()
     assert manager.tables["good"] == {"host_store_bytes": 4096, "greeting": "hello"}
     manager = PluginManager.discover(Settings(plugin={"good": {"host_store_byte": 1}})).load()
-    with pytest.raises(PluginError, match=r"\[plugin.good\] host_store_byte: unknown key; did you mean 'host_store_bytes'"):
+    with pytest.raises(
+        PluginError, match=r"\[plugin.good\] host_store_byte: unknown key; did you mean 'host_store_bytes'"
+    ):
         manager.check_wanted()
 
 
@@ -249,5 +271,7 @@ def test_hooks_see_the_core_settings() -> None:
         seen.append(ctx.core["scheduler"]["max_num_seqs"])
         return []
 
-    PluginManager.discover(Settings(scheduler={"max_num_seqs": 5}), extra=[in_process("p", xllm_schedulers=xllm_schedulers)]).load()
+    PluginManager.discover(
+        Settings(scheduler={"max_num_seqs": 5}), extra=[in_process("p", xllm_schedulers=xllm_schedulers)]
+    ).load()
     assert seen == [5]

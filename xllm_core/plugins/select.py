@@ -203,8 +203,9 @@ def unfit_attention(offer: Offer, *, geometry: AttentionGeometry, device_kind: s
     return "; ".join([*filter(None, [reason]), *undeclared])
 
 
-def run_probe(target: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> str:
+def run_probe(target: str, *, timeout_s: float | None = None) -> str:
     """Run a device's probe in a child process; returns why the device is not usable, or "". A crash or a hang is a reason too."""
+    timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
         "from xllm_core.plugins.plan import load_target\n"
