@@ -1,48 +1,15 @@
 """The surface that plugins import, and the only one: hooks, specs, and the contracts that their targets build.
 
 A plugin is a distribution with one entry point in group `xllm_core.plugins`, whose module holds `xllm_plugin = PluginInfo(...)` and
-functions marked `@hookimpl` that return specs. Importing this package loads no torch.
+functions marked `@hookimpl` that return specs. Importing this package loads no torch, and a contract only when it is named: plugin
+modules run at every start, also of `xllm --help`, and most of them need only specs.
 """
 
 from __future__ import annotations
 
-from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
-from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
-from xllm_core.plugins.contracts.kv import (
-    Hit,
-    KVGeometry,
-    KVGroupSpec,
-    KVIndex,
-    KVMover,
-    KVStore,
-    KVTensorSpec,
-    KVView,
-    Later,
-    Miss,
-)
-from xllm_core.plugins.contracts.model import (
-    Attention,
-    ForwardContext,
-    Layer,
-    Linear,
-    Model,
-    ModelFamily,
-    ModelShape,
-    Parts,
-)
-from xllm_core.plugins.contracts.observer import Observer, StepRecord
-from xllm_core.plugins.contracts.ops import CORE_OPS, LinearOp
-from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
-from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
-from xllm_core.plugins.contracts.weights import (
-    Axis,
-    Checkpoint,
-    TensorInfo,
-    TokenizerFiles,
-    WeightEntry,
-    WeightFormat,
-    WeightMap,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from xllm_core.plugins.hookspecs import hookimpl
 from xllm_core.plugins.specs import (
     API_VERSION,
@@ -61,6 +28,109 @@ from xllm_core.plugins.specs import (
     Spec,
     WeightFormatSpec,
 )
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
+    from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
+    from xllm_core.plugins.contracts.kv import (
+        Hit,
+        KVGeometry,
+        KVGroupSpec,
+        KVIndex,
+        KVMover,
+        KVStore,
+        KVTensorSpec,
+        KVView,
+        Later,
+        Miss,
+    )
+    from xllm_core.plugins.contracts.model import (
+        Attention,
+        ForwardContext,
+        Layer,
+        Linear,
+        Model,
+        ModelFamily,
+        ModelShape,
+        Parts,
+    )
+    from xllm_core.plugins.contracts.observer import Observer, StepRecord
+    from xllm_core.plugins.contracts.ops import CORE_OPS, LinearOp
+    from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
+    from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
+    from xllm_core.plugins.contracts.weights import (
+        Axis,
+        Checkpoint,
+        TensorInfo,
+        TokenizerFiles,
+        WeightEntry,
+        WeightFormat,
+        WeightMap,
+    )
+
+_CONTRACTS = {
+    "attention": (
+        "AttentionGeometry",
+        "AttentionKernel",
+        "BatchLayout",
+        "KVSegments",
+    ),
+    "device": (
+        "DeviceBackend",
+        "DeviceFacts",
+        "MemoryInfo",
+    ),
+    "kv": (
+        "Hit",
+        "KVGeometry",
+        "KVGroupSpec",
+        "KVIndex",
+        "KVMover",
+        "KVStore",
+        "KVTensorSpec",
+        "KVView",
+        "Later",
+        "Miss",
+    ),
+    "model": (
+        "Attention",
+        "ForwardContext",
+        "Layer",
+        "Linear",
+        "Model",
+        "ModelFamily",
+        "ModelShape",
+        "Parts",
+    ),
+    "observer": (
+        "Observer",
+        "StepRecord",
+    ),
+    "ops": (
+        "CORE_OPS",
+        "LinearOp",
+    ),
+    "sampling": (
+        "LogitsProcessor",
+        "ProcessorContext",
+        "Sampler",
+        "SamplingBatch",
+    ),
+    "scheduler": (
+        "SchedulerPolicy",
+        "SequenceView",
+    ),
+    "weights": (
+        "Axis",
+        "Checkpoint",
+        "TensorInfo",
+        "TokenizerFiles",
+        "WeightEntry",
+        "WeightFormat",
+        "WeightMap",
+    ),
+}
+_HOMES = {name: module for module, names in _CONTRACTS.items() for name in names}
 
 __all__ = [
     "API_VERSION",
@@ -122,3 +192,17 @@ __all__ = [
     "WeightMap",
     "hookimpl",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import the contract that a public name belongs to, once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xllm_core.plugins' has no attribute {name!r}")
+    value: object = getattr(import_module(f"xllm_core.plugins.contracts.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, also those not imported yet."""
+    return sorted({*globals(), *__all__})

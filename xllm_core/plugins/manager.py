@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import importlib_metadata
 import pluggy
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from xllm_core import __version__
 from xllm_core.errors import ConfigError, PluginConflictError, PluginError
@@ -26,6 +24,8 @@ from xllm_core.plugins.plan import load_target as load_target
 from xllm_core.plugins.specs import API_VERSION, PluginContext, PluginInfo, Spec
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
     from xllm_core.config import Settings
 
 GROUP = "xllm_core.plugins"
@@ -281,7 +281,7 @@ class PluginManager:
                 return
             module = candidate.load()
             info = _checked_info(module, record.id)
-            if not SpecifierSet(info.xllm_api).contains(API_VERSION, True):
+            if not _speaks_our_api(info):
                 record.state = "incompatible"
                 record.reason = f"it needs plugin API {info.xllm_api}, this core provides {API_VERSION}"
                 return
@@ -353,16 +353,11 @@ def _from_module(module: PluginModule) -> _Candidate:
 def _incompatible(requires: Iterable[str]) -> str:
     """The reason why the installed core does not satisfy a distribution's own requirements, or nothing."""
     for text in requires:
-        try:
-            need = Requirement(text)
-        except InvalidRequirement:
-            continue  # some other package's line, and not ours to judge
+        if not re.match(r"xllm[-_.]core\b(?![-_.]?\w)", text, re.IGNORECASE):
+            continue  # another package's line, and not ours to judge
+        need = _requirement(text)
         is_active = need.marker is None or need.marker.evaluate({"extra": ""})
-        if (
-            need.name.lower().replace("_", "-") == "xllm-core"
-            and is_active
-            and not need.specifier.contains(__version__, True)
-        ):
+        if is_active and not need.specifier.contains(__version__, True):
             return f"it requires xllm-core{need.specifier}, installed is {__version__}"
     return ""
 
@@ -375,11 +370,18 @@ def _checked_info(module: PluginModule, plugin_id: str) -> PluginInfo:
         raise PluginError(
             f"its entry point is named {plugin_id!r} and its PluginInfo says {info.id!r}; make them equal"
         )
+    return info
+
+
+def _speaks_our_api(info: PluginInfo) -> bool:
+    if info.xllm_api == f">={API_VERSION}":
+        return True  # by far the most, and `packaging` takes longer to import than all the rest of `xllm --help`
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
-        SpecifierSet(info.xllm_api)
+        return SpecifierSet(info.xllm_api).contains(API_VERSION, True)
     except InvalidSpecifier as error:
         raise PluginError(f"PluginInfo.xllm_api: {error}") from error
-    return info
 
 
 def _check_hooks(hooks: pluggy.PluginManager, module: PluginModule) -> None:
@@ -400,10 +402,12 @@ def _split_enable(text: str) -> tuple[str, str | None]:
 
 
 def _requirement(text: str) -> Requirement:
+    from packaging.requirements import InvalidRequirement, Requirement
+
     try:
         return Requirement(text)
     except InvalidRequirement as error:
-        raise ConfigError(f"[plugins] require = [{text!r}]: {error}; write an id, or id>=version") from error
+        raise ConfigError(f"{text!r} is no requirement: {error}; write a name, or name>=version") from error
 
 
 def _wanted(settings: Settings | None) -> dict[str, str]:

@@ -8,10 +8,12 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xllm_core.errors import ConfigError, PluginError
-from xllm_core.plugins.contracts.attention import AttentionGeometry
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.contracts.attention import AttentionGeometry
 
 
 def load_target(target: str, *, owner: str) -> Any:

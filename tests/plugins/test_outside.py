@@ -1,0 +1,85 @@
+"""A plugin from outside, as its user meets it: on the command line, in a real engine, and really installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.conftest import DISTS
+
+Install = Callable[..., list[str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_its_commands_stand_under_its_id(install: Install, xllm: Run) -> None:
+    """`xllm good hello`. Help of the top names the plugin without importing it, so a broken one cannot break help."""
+    install("good", "broken_import", "twin_a")
+    top = xllm("--help")
+    assert top.returncode == 0, top.stderr
+    assert "good    Commands of xllm-good 1.4" in top.stdout
+    assert "broken  Commands of xllm-broken-import 0.3" in top.stdout
+    assert "hello  Say hello." in xllm("good", "--help").stdout
+    assert xllm("good", "hello").stdout == "hello from a plugin\n"
+    wrong = xllm("good", "helo")
+    assert (wrong.returncode, "did you mean 'hello'?" in wrong.stderr) == (2, True)
+    broken = xllm("broken", "hello")
+    assert (broken.returncode, "failed, ModuleNotFoundError" in broken.stderr) == (1, True)
+    assert "brings no commands" in xllm("twin", "hello").stderr
+
+
+def test_list_shows_the_broken_beside_the_good(install: Install, xllm: Run) -> None:
+    """With states and reasons, and nothing on stderr: the list is where the reasons belong."""
+    install("good", "broken_import", "twin_a", "twin_b", "too_new")
+    done = xllm("plugins", "list", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    states = {(record["id"], record["distribution"]): record["state"] for record in json.loads(done.stdout)}
+    assert states.pop(("core", "xllm-core")) == "loaded"
+    assert states == {
+        ("good", "xllm-good"): "loaded",
+        ("broken", "xllm-broken-import"): "failed",
+        ("twin", "xllm-twin-a"): "conflict",
+        ("twin", "xllm-twin-b"): "conflict",
+        ("toonew", "xllm-too-new"): "incompatible",
+    }
+
+
+def test_why_attention_on_the_command_line(install: Install, xllm: Run) -> None:
+    """The decision of the plan, for a model of the plugin's own format."""
+    install("good")
+    done = xllm("plugins", "why", "attention", "--model", "toy:1")
+    assert "chosen   good/toy" in done.stdout, done.stderr
+    assert "rejected core/paged  device toy not in reference" in done.stdout
+
+
+@pytest.mark.slow
+def test_really_installed(tmp_path: Path) -> None:
+    """pip builds the wheel and installs it elsewhere; it is found from there. What the other tests imitate is what pip does."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(tmp_path),
+    ]
+    subprocess.run([*command, str(DISTS / "good")], check=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "xllm_core.cli", "good", "hello"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "hello from a plugin\n", done.stderr
