@@ -138,6 +138,8 @@ def _wrong_axes(name: str) -> list[tuple[str, Axis]]:
     for entry in family().weight_map(config).entries:
         cut = {"column": "column", "vocab": "column"}.get(entry.axis, entry.axis)  # the same cut by two names
         candidates: list[Axis] = ["column", "replicated", *(["row"] if len(entry.shape) == 2 else [])]  # type: ignore[list-item]
+        if entry.param == "embed.weight":
+            candidates.remove("replicated")  # the first rank would answer for all tokens: wasteful, not wrong
         planted += [(entry.param, axis) for axis in candidates if axis != cut and (entry.param, axis) not in planted]
     return planted
 

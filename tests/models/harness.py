@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from xllm_core.plugins.contracts.attention import AttentionGeometry, BatchLayout
-from xllm_core.plugins.contracts.kv import KVGeometry
+from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec
 from xllm_core.plugins.contracts.model import ForwardContext, ModelFamily
 from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.contracts.weights import Checkpoint
@@ -36,11 +37,11 @@ class Harness:
         config = checkpoint.config if config is None else config
         device = ReferenceDevice(0)
         world_size = ranks.get("world_size", 1)
-        groups = family.kv_groups(config, dtype)
+        groups = [self._shared_out(group, world_size) for group in family.kv_groups(config, dtype)]
         self.block_size, self._groups = block_size, [group.name for group in groups]
         self._kernels = {}
         for name, facts in family.attention(config).items():
-            heads = {key: facts[key] // world_size for key in ("num_heads", "num_kv_heads")}
+            heads = {key: max(1, facts[key] // world_size) for key in ("num_heads", "num_kv_heads")}
             geometry = AttentionGeometry(**{**facts, **heads}, block_size=block_size, dtype=dtype)
             self._kernels[name] = ReferenceAttention(device, geometry)
         self.parts = CoreParts(device, dtype, built_ops(device), self._kernels, **ranks)
@@ -55,6 +56,12 @@ class Harness:
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))[: num_seqs * blocks_each]
         self._tables = order.view(num_seqs, blocks_each).to(torch.int32)
         self._lens = [0] * num_seqs
+
+    @staticmethod
+    def _shared_out(group: KVGroupSpec, world_size: int) -> KVGroupSpec:
+        """The group as one rank holds it: its share of the KV heads."""
+        tensors = tuple(replace(t, shape=(max(1, t.shape[0] // world_size), *t.shape[1:])) for t in group.tensors)
+        return replace(group, tensors=tensors)
 
     @torch.inference_mode()
     def step(self, new: Mapping[int, Sequence[int]], *, all_logits: bool = True) -> dict[int, torch.Tensor]:
