@@ -83,3 +83,31 @@ def test_really_installed(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout == "hello from a plugin\n", done.stderr
+
+
+def test_every_part_of_it_works_in_a_real_engine(install: Install) -> None:
+    """A model whose device, op, kernel, weights, family, sampler, processor, policy, store and observer all come from outside.
+
+    Each part shows what it did: tokens equal the reference device's own (device, ops, kernel, weights), token 7 never comes (processor),
+    the linear was called, the observer counted. Dies if any of them is resolved and then not built into the engine.
+    """
+    from xllm_core import LLM, SamplingParams
+
+    install("good")
+    from xllm_good.observer import CountingObserver
+    from xllm_good.ops import ToyLinear
+
+    CountingObserver.num_tokens = ToyLinear.num_calls = 0
+    prompts = [{"prompt_token_ids": [3, 1, 4, 1, 5]}, {"prompt_token_ids": [9, 2, 6]}]
+    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, allowed_token_ids=None)
+    pins = {"kv_store": "good/host", "observers": ["good/count"], "scheduler": "good/lifo"}
+    with LLM("toy:1", use=pins, num_blocks=64, max_num_seqs=4) as llm:
+        outside = [answer.outputs[0].token_ids for answer in llm.generate(prompts, greedy, use_tqdm=False)]
+    with LLM("toy:1", device="core/reference", num_blocks=64, max_num_seqs=4) as llm:
+        inside = [answer.outputs[0].token_ids for answer in llm.generate(prompts, greedy, use_tqdm=False)]
+    assert outside == inside
+    assert [len(tokens) for tokens in outside] == [24, 24]
+    assert 7 not in outside[0] + outside[1]
+    assert ToyLinear.num_calls > 24
+    # All but the last token of each sequence is computed.
+    assert CountingObserver.num_tokens == 5 + 3 + 2 * 23
