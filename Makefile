@@ -2,14 +2,17 @@
 #
 #   make demo PROMPT="Why is the sky blue?"
 #   make demo TORCH_ARGS="--index-url URL"  where pip finds torch, e.g. an index of CPU builds; PIP_ARGS goes to every pip call
-#   make test ARGS="-k scheduler"           ARGS goes to pytest
+#   make test ARGS="-k scheduler" JOBS=4    ARGS goes to pytest, JOBS is how many run at once
 
 PYTHON ?= python3
 VENV   ?= .venv
 PROMPT ?= Explain in two sentences why the sky is blue.
 TORCH_ARGS ?=
+JOBS ?= 2
 PIP_ARGS ?=
+JOBS ?= 2
 ARGS ?=
+JOBS ?= 2
 
 BIN     := $(VENV)/bin
 RUN     := $(BIN)/python
@@ -18,7 +21,7 @@ DEPS    := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 SUITES  := tests $(wildcard plugins/*/tests)
 LINTED  := xllm_core $(SUITES) $(wildcard plugins/*/src benchmarks examples)
-PYTEST  := $(RUN) -m pytest
+PYTEST  := $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 
 # The question reaches the program through the environment, as it was typed: quotes and dollar signs in it are only text.
 override PROMPT := $(value PROMPT)
@@ -70,7 +73,7 @@ test: setup ## every test of the core and of each plugin, but for the nightly on
 	@$(MAKE) --no-print-directory suite
 
 check: setup lint ## lint, types and fast tests, for while you work
-	@$(PYTEST) -q -n 2 -m "not slow and not nightly" tests $(ARGS)
+	@$(PYTEST) -m "not slow and not nightly" tests $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check $(LINTED)
@@ -79,11 +82,11 @@ lint: setup
 
 # Each plugin's tests run by themselves: its conftest must not depend on ours. pytest ends with 5 if nothing ran, and so does this.
 suite: setup
-	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; $(PYTEST) -q -m "not nightly" $$suite $(ARGS); done
+	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; $(PYTEST) -m "not nightly" $$suite $(ARGS); done
 
 nightly: setup ## the long proofs
 	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; \
-	  $(PYTEST) -q -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
+	  $(PYTEST) -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
 
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) benchmarks/run.py $(ARGS)
@@ -94,7 +97,7 @@ wheels: setup ## every distribution as a wheel, in dist/
 	@ls dist
 
 docs: setup ## check that documents name files, commands and settings that exist
-	@$(PYTEST) -q tests/meta/test_docs.py
+	@$(PYTEST) tests/meta/test_docs.py
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

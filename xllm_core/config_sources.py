@@ -14,6 +14,9 @@ from xllm_core.errors import ConfigError
 
 PREFIX = "XLLM_"
 
+OTHER_VARIABLES = ("XLLM_CACHE_DIR",)
+"""Variables that are no settings, as they are read before any is: where converted tokenizers are kept."""
+
 PLURAL_KINDS = ("logits_processors", "observers")
 """Kinds of `[use]` that take a list."""
 
@@ -28,7 +31,7 @@ def read_environment(environ: Mapping[str, str], known: Mapping[str, Iterable[st
     """
     tables: dict[str, Any] = {}
     for name in sorted(environ):
-        if name.startswith(PREFIX) and not _is_kubernetes(name, environ):
+        if name.startswith(PREFIX) and name not in OTHER_VARIABLES and not _is_kubernetes(name, environ):
             path = _variable_path(name, known)
             put(tables, path, _variable_value(path, environ[name]))
             places[path] = name

@@ -32,8 +32,8 @@ from xllm_core.plugins.select import (
     find_named,
     fits_anything,
     refusal,
-    run_probe,
     unfit_attention,
+    unfit_device,
     unfit_model,
     unfit_op,
     unfit_sampler,
@@ -131,9 +131,7 @@ class Resolver:
 
     def device(self) -> tuple[Choice, DeviceFacts]:
         """Accelerators whose probe answers, by rank; else the CPU. Why an accelerator is passed over is logged."""
-        choice = choose(
-            "device", self.offers("device"), self.settings, _unfit_device, need="this machine", is_lazy=True
-        )
+        choice = choose("device", self.offers("device"), self.settings, unfit_device, need="this machine", is_lazy=True)
         for name, reason in choice.rejected:
             if not reason.startswith("not asked"):
                 _log.warning("device %s is not used: %s", name, reason)
@@ -344,10 +342,6 @@ def _with_device_pin(settings: Settings) -> Settings:
     if pin is not None and pin != name:
         raise ConfigError(f"[device] name = {name!r} and [use] device = {pin!r} disagree; keep one of them")
     return settings.model_copy(update={"use": {**settings.use, "device": name}})
-
-
-def _unfit_device(offer: Offer) -> str:
-    return run_probe(offer.spec.probe) if offer.spec.probe else ""
 
 
 def _ask(name: str, what: str, call: Callable[[], Any]) -> Any:

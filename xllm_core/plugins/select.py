@@ -172,6 +172,16 @@ def fits_anything(offer: Offer) -> str:
     return ""
 
 
+def unfit_device(offer: Offer) -> str:
+    """Why a device cannot be used here: what its probe says. A device without a probe is always there."""
+    return run_probe(offer.spec.probe) if offer.spec.probe else ""
+
+
+def probe_device(offer: Offer) -> str:
+    """Why a device cannot be used here, missing modules included, or "". For reports; assembly asks through `choose`."""
+    return refusal(offer, unfit_device)
+
+
 def unfit_op(offer: Offer, *, device_kind: str, dtype: str) -> str:
     """Why an op offer cannot serve on this device in this dtype."""
     return _reasons(device=(device_kind, offer.spec.devices), dtype=(dtype, offer.spec.dtypes))
