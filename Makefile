@@ -8,9 +8,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PROMPT ?= Explain in two sentences why the sky is blue.
 TORCH_ARGS ?=
-JOBS ?= 2
 PIP_ARGS ?=
-JOBS ?= 2
 ARGS ?=
 JOBS ?= 2
 
