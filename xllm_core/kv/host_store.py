@@ -194,7 +194,9 @@ class HostMover:
                 self._queue.put(None)
         self._thread.join(_MAX_CLOSE_S)
         if self._thread.is_alive():
-            _logger.warning("the host store's thread still copies %g s after close; its blocks stay leased", _MAX_CLOSE_S)
+            _logger.warning(
+                "the host store's thread still copies %g s after close; its blocks stay leased", _MAX_CLOSE_S
+            )
         with self._shelf.lock:
             self._shelf.entries.clear()
             self._shelf.used_bytes = 0

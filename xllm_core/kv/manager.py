@@ -188,11 +188,13 @@ class KVManager:
         if end <= kv._num_committed:
             return
         self._check_live(kv)
-        room = min(group.capacity_tokens(kv) for group in self._groups)
-        if num_computed > room or len(token_ids) < end * self.block_size:
-            raise IntegrityError(
-                f"commit of {num_computed} computed tokens, but {len(token_ids)} are known and blocks hold {room}"
-            )
+        # Between fork or rewind and the next reserve the capacity is lowered; only then the tables must be asked.
+        if num_computed > kv.capacity_tokens or len(token_ids) < end * self.block_size:
+            room = min(group.capacity_tokens(kv) for group in self._groups)
+            if num_computed > room or len(token_ids) < end * self.block_size:
+                raise IntegrityError(
+                    f"commit of {num_computed} computed tokens, but {len(token_ids)} are known and blocks hold {room}"
+                )
         if kv._is_publishing:
             self._publish(kv, token_ids, end)
         kv._num_committed = end
@@ -240,8 +242,11 @@ class KVManager:
             group.rewind(kv, num_tokens, self._changes)
         end = num_tokens // self.block_size
         if end < len(kv._path):
-            self._move_pin(kv._path[-1], kv._path[end - 1] if end else None)
+            tail = kv._path[-1]
             del kv._path[end:]
+            if kv._path:
+                self._tree.pin(kv._path[-1])
+            self._tree.unpin(tail)
         kv._num_committed = min(kv._num_committed, end)
         kv._num_computed = min(kv._num_computed, num_tokens)
         kv.next_commit_tokens = (kv._num_committed + 1) * self.block_size
@@ -383,13 +388,18 @@ class KVManager:
         kv.slot, kv.capacity_tokens, kv.ticket = -1, 0, None
 
     def _has_room(self, kv: SequenceKV, num_tokens: int) -> bool:
-        return all(group.num_missing(kv, num_tokens) <= group.pool.num_available for group in self._groups)
+        for group in self._groups:
+            if group.num_missing(kv, num_tokens) > group.pool.num_available:
+                return False
+        return True
 
     def _make_room(self, kv: SequenceKV, num_tokens: int) -> None:
+        capacity = UNBOUNDED_TOKENS
         for group in self._groups:
             group.make_room(kv, num_tokens, self._changes)
+            capacity = min(capacity, group.capacity_tokens(kv))
         kv._may_share_tail = False
-        kv.capacity_tokens = min(group.capacity_tokens(kv) for group in self._groups)
+        kv.capacity_tokens = capacity
 
     def _lower_capacity(self, kv: SequenceKV) -> None:
         """The tail may be read by others: make the next write ask."""
@@ -397,21 +407,17 @@ class KVManager:
         kv.capacity_tokens = kv._num_committed * self.block_size
 
     def _publish(self, kv: SequenceKV, token_ids: Sequence[int], end: int) -> None:
-        size = self.block_size
+        size, tree, path = self.block_size, self._tree, kv._path
+        node = path[-1] if path else tree.root
         for i in range(kv._num_committed, end):
-            parent = kv._path[-1] if kv._path else None
-            key = self._keys.key(parent.key if parent else b"", token_ids[i * size : (i + 1) * size], kv._suffix)
-            node = self._tree.extend(parent or self._tree.root, key)
-            self._move_pin(parent, node)
-            kv._path.append(node)
+            key = self._keys.key(node.key, token_ids[i * size : (i + 1) * size], kv._suffix)
+            parent, node = node, tree.extend(node, key)
+            tree.pin(node)
+            if path:
+                tree.unpin(parent)
+            path.append(node)
             for group in self._groups:
                 group.publish(kv, node, kv._num_computed, self._changes)
-
-    def _move_pin(self, old: Node | None, new: Node | None) -> None:
-        if new is not None:
-            self._tree.pin(new)
-        if old is not None:
-            self._tree.unpin(old)
 
     def _write_table(self, group: KVGroup, kv: SequenceKV) -> None:
         table = kv._tables[group.index]

@@ -18,7 +18,7 @@ from xllm_core.kv.keys import ROOT_KEY
 class Node:
     """One block of tokens. blocks[g]: device block of group g, None where that group has none. depth: blocks up to and with it.
 
-    num_loads: loads in flight that will bring a block here. storage_keys: as computed on first use, by part (transfer.py).
+    num_loads: loads in flight that will bring a block here. storage_keys: by part, None until one is asked for (transfer.py).
     """
 
     __slots__ = ("blocks", "depth", "key", "num_children", "num_loads", "num_pins", "parent", "storage_keys")
@@ -31,7 +31,7 @@ class Node:
         self.num_children = 0
         self.num_pins = 0
         self.num_loads = 0
-        self.storage_keys: dict[str, bytes] = {}
+        self.storage_keys: dict[str, bytes] | None = None
 
     def __repr__(self) -> str:
         return f"Node({self.key.hex()[:8]}, depth={self.depth}, blocks={self.blocks}, pins={self.num_pins})"
@@ -75,7 +75,8 @@ class PrefixTree:
         if node.num_pins < 1:
             raise IntegrityError(f"{node} is unpinned more often than pinned")
         node.num_pins -= 1
-        self._prune(node)
+        if not node.num_pins and not node.num_children:
+            self._prune(node)
 
     def attach(self, node: Node, group: int, block: int) -> None:
         """Name the device block of a group at a node that has none."""

@@ -293,6 +293,8 @@ class StoreLink:
         return list(entries.items())
 
     def _storage_key(self, part: _Part, node: Node) -> bytes:
+        if node.storage_keys is None:
+            node.storage_keys = {}
         key = node.storage_keys.get(part.name)
         if key is None:
             key = node.storage_keys[part.name] = storage_key(node.key, self._fingerprint, part.name)
