@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 SETTINGS = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, derandomize=True, database=None,
+    max_examples=12, stateful_step_count=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TOKENS = st.integers(0, 1)  # few, so that sequences share prefixes and compute the same ones at once
