@@ -14,7 +14,7 @@ JOBS ?= 2
 
 BIN     := $(VENV)/bin
 RUN     := $(BIN)/python
-PIP     := $(RUN) -m pip --disable-pip-version-check --quiet install
+PIP     := $(RUN) -m pip --disable-pip-version-check -qq install
 DEPS    := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 SUITES  := tests $(wildcard plugins/*/tests)
