@@ -20,8 +20,12 @@ from xllm_core.plugins.plan import AssemblyPlan, Choice, load_target
 
 if TYPE_CHECKING:
     from xllm_core.config import Settings
+    from xllm_core.plugins.contracts.attention import AttentionKernel
     from xllm_core.plugins.contracts.device import DeviceBackend
+    from xllm_core.plugins.contracts.model import Model
     from xllm_core.plugins.resolve import Assembly
+    from xllm_core.runtime.parts import CoreParts
+    from xllm_core.runtime.worker import Worker
 
 _MEMORY_SHARE = 0.25  # of what is free, for KV, where the user gives no number
 _WINDOW_SPARE_BLOCKS = 2
@@ -30,42 +34,66 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltEngine:
-    """An engine and what it is made of. load_s: seconds of opening weights and building."""
+class LoadedModel:
+    """A model with its weights on its device. Its attention layers read the cache they were bound to last (`bind_kv`).
 
-    engine: Engine
-    geometry: KVGeometry
+    parts: `runtime.parts.CoreParts`. load_s: seconds of building it and reading the weights.
+    """
+
     device: DeviceBackend
-    store: KVStore | None
+    model: Model
+    kernels: Mapping[str, AttentionKernel]
+    ops: Mapping[str, Callable[..., Any]]
+    parts: CoreParts
     load_s: float
 
 
-def build_engine(assembly: Assembly, settings: Settings, *, progress: Progress | None = None) -> BuiltEngine:
-    """Build what the plan names. progress: called as (tensor name, bytes done, bytes in all) while weights load."""
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what it is made of."""
+
+    engine: Engine
+    worker: Worker
+    geometry: KVGeometry
+    loaded: LoadedModel
+    store: KVStore | None
+
+
+def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | None = None) -> LoadedModel:
+    """Build the plan's device, kernels, ops and model, and fill it. progress: called as (tensor name, bytes done, bytes in all)."""
     from xllm_core.runtime.loader import load_weights
     from xllm_core.runtime.parts import CoreParts
-    from xllm_core.runtime.worker import Worker, WorkerParts
 
     started_s = time.perf_counter()
-    plan = assembly.plan
+    plan, config = assembly.plan, assembly.checkpoint.config
     device: DeviceBackend = _build(plan.device, plan.device_index)
     if settings.device.num_threads is not None:
         _set_threads(settings.device.num_threads)
-    geometry = plan_geometry(assembly, settings, device)
-    family = load_target(plan.model.target, owner=plan.model.name)
-    family = family() if isinstance(family, type) else family
     kernels = {group: _build(choice, device, plan.geometry[group]) for group, choice in plan.attention.items()}
     ops = {name: _build(choice, device) for name, choice in plan.ops.items()}
     parts = CoreParts(device=device, dtype=plan.dtype, ops=ops, kernels=kernels)
-    model = family.build(assembly.checkpoint.config, parts)
-    load_weights(assembly.checkpoint, family.weight_map(assembly.checkpoint.config), parts, progress=progress)
-    vocab_size = assembly.shape.vocab_size
+    model = assembly.family.build(config, parts)
+    load_weights(assembly.checkpoint, assembly.family.weight_map(config), parts, progress=progress)
+    return LoadedModel(device, model, kernels, ops, parts, time.perf_counter() - started_s)
+
+
+def build_engine(
+    assembly: Assembly, settings: Settings, *, loaded: LoadedModel | None = None, progress: Progress | None = None
+) -> BuiltEngine:
+    """Build what the plan names. loaded: a model of the same plan that another engine has no use for now; its cache binding moves here."""
+    from xllm_core.runtime.worker import Worker, WorkerParts
+
+    plan = assembly.plan
+    loaded = loaded if loaded is not None else load_model(assembly, settings, progress=progress)
+    device, vocab_size = loaded.device, assembly.shape.vocab_size
+    geometry = plan_geometry(assembly, settings, device)
     context = ProcessorContext(settings.scheduler.max_num_seqs, vocab_size, device.facts().torch_device)
     store = _build_store(plan, geometry)
     worker = Worker(
         WorkerParts(
-            device=device, model=model, kernels=kernels, copy_blocks=ops["block_copy"], sampler=_build(plan.sampler, device),
-            processors=[_build(choice, context) for choice in plan.logits_processors], bind_kv=parts.bind_kv,
+            device=device, model=loaded.model, kernels=loaded.kernels, copy_blocks=loaded.ops["block_copy"],
+            sampler=_build(plan.sampler, device), processors=[_build(choice, context) for choice in plan.logits_processors],
+            bind_kv=loaded.parts.bind_kv,
         ),
         geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
     )  # fmt: skip
@@ -81,7 +109,7 @@ def build_engine(assembly: Assembly, settings: Settings, *, progress: Progress |
     scheduler = Scheduler(kv, _build(plan.scheduler), limits)
     step_log = StepLog([_build(choice) for choice in plan.observers])
     engine = Engine(scheduler, InProcessExecutor(worker), vocab_size=vocab_size, step_log=step_log)
-    return BuiltEngine(engine, geometry, device, store, time.perf_counter() - started_s)
+    return BuiltEngine(engine, worker, geometry, loaded, store)
 
 
 def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend) -> KVGeometry:

@@ -49,11 +49,18 @@ class SchedulerStats:
 
 @dataclass(slots=True)
 class _InFlight:
-    """What a plan was made of, until its result is in. A sequence whose `kv` changed since has left; its result is dropped."""
+    """What a plan was made of, until its result is in. A sequence whose `kv` changed since has left; its result is dropped.
+
+    commits: (sequence, kv, tokens computed) of rows that complete a block. scored: (sequence, kv, first position) per `plan.prompt_logprobs`.
+    """
 
     plan: StepPlan
-    rows: list[tuple[Sequence, SequenceKV | None]] = field(default_factory=list)
-    samples: list[tuple[Sequence, SequenceKV | None]] = field(default_factory=list)
+    commits: list[tuple[Sequence, SequenceKV, int]] = field(default_factory=list)
+    samples: list[tuple[Sequence, SequenceKV]] = field(default_factory=list)
+    scored: list[tuple[Sequence, SequenceKV, int]] = field(default_factory=list)
+
+
+_NOTHING = TokenOutput("", 0, ())
 
 
 class Scheduler:
@@ -212,7 +219,7 @@ class Scheduler:
         self._leave(victim)
         victim.status = Status.WAITING
         victim.num_computed = victim.num_pending = 0
-        victim.sample_step = -1
+        victim.sample_step = -2
         victim.num_preemptions += 1
         self.stats.num_preemptions += 1
         self.waiting.appendleft(victim)
@@ -312,32 +319,38 @@ class Scheduler:
     # ---- rows and samples ---------------------------------------------------------------------------------------------------
 
     def _add_row(self, plan: StepPlan, flight: _InFlight, sequence: Sequence, want: int) -> None:
-        start = sequence.num_computed
-        end = start + want
-        tokens = sequence.tokens
+        start, tokens, kv = sequence.num_computed, sequence.tokens, sequence.kv
+        assert kv is not None
+        end = sequence.num_computed = start + want
+        num_known = len(tokens) + sequence.num_pending
         row = len(plan.slots)
         plan.slots.append(sequence.slot)
         plan.starts.append(start)
         plan.lengths.append(want)
         plan.num_tokens += want
-        sequence.num_computed = end
-        num_known = len(tokens) + sequence.num_pending
         if want == 1 and end == num_known and sequence.sample_step == plan.step - 1:
             plan.prev_rows.append(sequence.sample_index)
         else:
             plan.prev_rows.append(-1)
-            plan.token_ids += tokens[start:end] if want > 1 else (tokens[start],)
-        flight.rows.append((sequence, sequence.kv))
+            plan.token_ids += tokens[start:end]
+        if end >= kv.next_commit_tokens:
+            flight.commits.append((sequence, kv, end))
         if sequence.wants_prompt_logprobs and start < sequence.num_prompt:
-            count = sequence.request.params.prompt_logprobs or 0
-            plan.prompt_logprobs.append((row, count))
-            plan.prompt_targets += tokens[start + 1 : end + 1]
-            if end == num_known:
-                plan.prompt_targets.append(-1)  # the last position predicts the first new token, which is not the prompt's
+            self._add_targets(plan, flight, sequence, kv, row, start, end)
         if end == num_known:
             self._add_sample(plan, flight, sequence, row, end)
             if sequence.num_siblings:
                 self._fork(plan, flight, sequence, row, end)
+
+    @staticmethod
+    def _add_targets(
+        plan: StepPlan, flight: _InFlight, sequence: Sequence, kv: SequenceKV, row: int, start: int, end: int
+    ) -> None:
+        """Have the known next token of each position scored; the last known position predicts what is not known yet."""
+        plan.prompt_logprobs.append((row, sequence.request.params.prompt_logprobs or 0))
+        targets = sequence.tokens[start + 1 : end + 1]
+        plan.prompt_targets += targets if len(targets) == end - start else [*targets, -1]
+        flight.scored.append((sequence, kv, start))
 
     def _add_sample(self, plan: StepPlan, flight: _InFlight, sequence: Sequence, row: int, position: int) -> None:
         sequence.sample_step, sequence.sample_index = plan.step, len(plan.sample_rows)
@@ -345,6 +358,7 @@ class Scheduler:
         plan.sample_rows.append(row)
         plan.sample_slots.append(sequence.slot)
         plan.sample_positions.append(position)
+        assert sequence.kv is not None
         flight.samples.append((sequence, sequence.kv))
 
     def _fork(self, plan: StepPlan, flight: _InFlight, root: Sequence, row: int, position: int) -> None:
@@ -368,50 +382,49 @@ class Scheduler:
         plan = flight.plan
         for ticket, has_succeeded in result.finished_transfers:
             self.kv.finish_transfer(ticket, has_succeeded)
-        for (sequence, kv), start, length in zip(flight.rows, plan.starts, plan.lengths, strict=True):
-            if kv is not None and sequence.kv is kv and start + length >= kv.next_commit_tokens:
-                self.kv.commit(kv, sequence.tokens, start + length)
+        for sequence, kv, num_computed in flight.commits:
+            if sequence.kv is kv:
+                self.kv.commit(kv, sequence.tokens, num_computed)
         outputs: list[TokenOutput] = []
-        if plan.prompt_logprobs:
+        if flight.scored:
             self._score_prompts(flight, result, outputs)
-        logprobs = result.logprobs
         num_finished = 0
-        for j, (sequence, kv) in enumerate(flight.samples):
+        for (sequence, kv), accepted in zip(flight.samples, result.token_ids, strict=True):
             if sequence.kv is not kv:
-                continue  # finished, aborted or preempted while the step ran
+                outputs.append(_NOTHING)  # finished, aborted or preempted while the step ran
+                continue
             sequence.num_pending -= 1
-            new, reason, stop = self._append(sequence, result.token_ids[j])
-            output = TokenOutput(sequence.request.request_id, sequence.index, new, reason, stop, sequence.num_cached)
-            if logprobs is not None:
-                found = logprobs[j]
-                output.logprobs = found[: len(new)] if found is not None else None
-            outputs.append(output)
+            new, reason, stop = self._append(sequence, accepted)
+            outputs.append(TokenOutput(sequence.request.request_id, sequence.index, new, reason, stop, sequence.num_cached))
             if reason is not None:
                 self._leave(sequence)
                 self._forget(sequence)
                 num_finished += 1
+        if result.logprobs is not None:
+            for output, scores in zip(outputs[len(outputs) - len(flight.samples) :], result.logprobs, strict=True):
+                if scores is not None and output is not _NOTHING:
+                    output.logprobs = scores[: len(output.new_token_ids)]
         if num_finished:
             self.running = [s for s in self.running if s.status is Status.RUNNING]
             self.stats.num_finished += num_finished
-        return outputs
+        return [output for output in outputs if output is not _NOTHING]
 
-    def _append(self, sequence: Sequence, new: Seq[int]) -> tuple[Seq[int], FinishReason | None, int | None]:
+    @staticmethod
+    def _append(sequence: Sequence, new: Seq[int]) -> tuple[Seq[int], FinishReason | None, int | None]:
         """Add accepted tokens up to the one that ends the sequence. Returns (tokens kept, reason, stop token)."""
-        tokens, stop_ids = sequence.tokens, sequence.stop_ids
+        tokens, stop_ids, max_len = sequence.tokens, sequence.stop_ids, sequence.max_len
         for i, token in enumerate(new):
             tokens.append(token)
             if token in stop_ids:
                 return new[: i + 1], "stop", token
-            if len(tokens) >= sequence.max_len:
+            if len(tokens) >= max_len:
                 return new[: i + 1], "length", None
         return new, None, None
 
     def _score_prompts(self, flight: _InFlight, result: StepResult, outputs: list[TokenOutput]) -> None:
-        for (row, _), scores in zip(flight.plan.prompt_logprobs, result.prompt_logprobs, strict=True):
-            sequence, kv = flight.rows[row]
+        for (sequence, kv, start), scores in zip(flight.scored, result.prompt_logprobs, strict=True):
             if sequence.kv is not kv:
                 continue
-            start = flight.plan.starts[row]
             new = scores[max(0, sequence.num_scored - start) : max(0, sequence.num_prompt - 1 - start)]
             sequence.num_scored += len(new)
             if new:

@@ -59,7 +59,7 @@ class Sequence:
         self.found: Lookup | None = None  # the last look-up, so that waiting does not hash the prompt again and again
         self.can_use_store = True
         self.parked_s: float | None = None  # when it first went aside for a store
-        self.sample_step = -1
+        self.sample_step = -2  # before any step, and not just before the first
         self.sample_index = -1
 
     @property

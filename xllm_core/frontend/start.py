@@ -46,10 +46,10 @@ def engine_info(assembly: Assembly, built: BuiltEngine) -> EngineInfo:
     kernels = {f"attention.{group}": choice.name for group, choice in plan.attention.items()}
     kernels |= {name: choice.name for name, choice in plan.ops.items()} | {"sampler": plan.sampler.name}
     return EngineInfo(
-        model=str(plan.model_path), architecture=plan.architecture, dtype=plan.dtype, device=built.device.facts().name,
+        model=str(plan.model_path), architecture=plan.architecture, dtype=plan.dtype, device=built.loaded.device.facts().name,
         max_model_len=plan.max_model_len, vocab_size=assembly.shape.vocab_size,
         capacity_tokens=built.engine.scheduler.kv.capacity_tokens, num_blocks=sum(built.geometry.num_blocks),
-        block_size=plan.block_size, kernels=kernels, plan_hash=plan.hash, is_row_invariant=built.device.facts().is_row_invariant,
+        block_size=plan.block_size, kernels=kernels, plan_hash=plan.hash, is_row_invariant=built.loaded.device.facts().is_row_invariant,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from xllm_core.errors import ConfigError
@@ -59,12 +60,13 @@ class ReferenceDevice:
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed; the operating system hands out the pages when they are first touched."""
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
         try:
-            return torch.zeros(tuple(shape), dtype=dtype)
-        except RuntimeError as error:  # torch has no error of its own for "out of memory" on a CPU
-            wanted = torch.Size(shape).numel() * dtype.itemsize
+            # numpy asks for zeroed pages, torch would write the zeros: gigabytes of cache are touched only as they fill.
+            return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(tuple(shape))
+        except MemoryError as error:
             raise MemoryError(
-                f"cannot allocate {wanted} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"
+                f"cannot allocate {num_bytes} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"
             ) from error
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xllm_core.config import Settings
+from xllm_core.engine.build import BuiltEngine, build_engine
 from xllm_core.engine.engine import Engine
 from xllm_core.engine.executor import Executor, StepFuture, StepHandle
 from xllm_core.errors import XllmError
-from xllm_core.frontend.client import InProcessClient
-from xllm_core.frontend.processor import Processor
-from xllm_core.frontend.start import start_in_process
+from xllm_core.frontend.tokenizer import Tokenizer
+from xllm_core.plugins.manager import PluginManager
+from xllm_core.plugins.plan import AssemblyPlan
+from xllm_core.plugins.resolve import Assembly, assemble
 from xllm_core.testing.prose import PROSE
 from xllm_core.types import EngineRequest, SamplingParams, StepPlan, TokenOutput
 
@@ -84,6 +86,16 @@ class Report:
         return bool(self.rows) and all(row.has_passed for row in self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a row's engine gave out. expected: instead of the plain run, where the row has a comparison of its own."""
+
+    got: Tokens
+    activity: int
+    what: str
+    expected: Tokens | None = None
+
+
 class Verifier:
     """Runs the matrix of one model and dtype. settings: flat settings under which everything runs (device, use, ...)."""
 
@@ -92,7 +104,9 @@ class Verifier:
         self._dtype = dtype
         self._scale = scale
         self._settings = settings
-        self._plain: Processor | None = None
+        self._assembly: Assembly | None = None
+        self._plain: BuiltEngine | None = None
+        self._allowed = 0.0
         self._baseline: Tokens = {}
         self._requests: list[EngineRequest] = []
 
@@ -101,100 +115,91 @@ class Verifier:
         unknown = set(only) - set(ROWS)
         if unknown:
             raise ValueError(f"no such rows: {sorted(unknown)}; rows are {', '.join(ROWS)}")
-        with self._engine(max_num_seqs=4, enable_prefix_cache=False) as plain:
-            self._plain = plain
-            info = plain.client.info()
-            self._requests = self._make_requests(plain)
-            for request in self._requests:
-                self._baseline |= drive(_engine_of(plain), [request])
-            report = Report(self._model, info.dtype, info.device, self._is_row_invariant(plain))
-            for name, make in ROWS.items():
-                if not only or name in only:
-                    row = make(self, name)
-                    report.rows.append(row)
-                    on_row(row)
+        plain = self._plain = self._build(max_num_seqs=4, enable_prefix_cache=False)
+        facts = plain.loaded.device.facts()
+        self._allowed = 0.0 if facts.is_row_invariant else MARGINS[self._plan.dtype]
+        self._requests = self._make_requests()
+        for request in self._requests:
+            self._baseline |= drive(plain.engine, [request])
+        report = Report(self._model, self._plan.dtype, facts.name, facts.is_row_invariant)
+        for name, play in ROWS.items():
+            if only and name not in only:
+                continue
+            outcome = play(self)
+            plain.loaded.parts.bind_kv(plain.worker.cache)  # near ties are judged by the plain engine
+            row = self._compare(name, outcome)
+            report.rows.append(row)
+            on_row(row)
+        plain.engine.close()
         return report
 
-    # ---- rows --------------------------------------------------------------------------------------------------------------
+    # ---- rows: each drives an engine on which one feature is active, and counts what it did -------------------------------------
 
-    def batch_mates(self, name: str) -> Row:
+    def batch_mates(self) -> Outcome:
         """All requests together."""
-        with self._engine(max_num_seqs=len(self._requests)) as it:
-            steps: list[StepPlan] = []
-            got = drive(_engine_of(it), self._requests, on_plan=steps.append)
-            return self._compare(name, got, max(len(p.slots) for p in steps), "rows in one step")
+        with self._engine(max_num_seqs=len(self._requests)) as engine:
+            plans: list[StepPlan] = []
+            got = drive(engine, self._requests, on_plan=plans.append)
+            return Outcome(got, max(len(p.slots) for p in plans), "rows in one step")
 
-    def chunk(self, name: str, size: int) -> Row:
+    def chunk(self, size: int) -> Outcome:
         """Prompts in pieces of `size` tokens; 0 computes each prompt in one piece."""
-        with self._engine(max_num_seqs=len(self._requests), max_chunk_tokens=size, enable_prefix_cache=False) as it:
-            steps: list[StepPlan] = []
-            got = drive(_engine_of(it), self._requests, on_plan=steps.append)
+        with self._engine(max_num_seqs=len(self._requests), max_chunk_tokens=size, enable_prefix_cache=False) as engine:
+            plans: list[StepPlan] = []
+            got = drive(engine, self._requests, on_plan=plans.append)
             if size:
-                return self._compare(name, got, sum(_count(p.lengths, size) for p in steps), f"pieces of {size}")
+                return Outcome(got, sum(_count(p.lengths, size) for p in plans), f"pieces of {size}")
             whole = {len(r.prompt_token_ids) for r in self._requests if len(r.prompt_token_ids) > 1}
-            return self._compare(name, got, sum(length in whole for p in steps for length in p.lengths), "whole prompts")
+            return Outcome(got, sum(length in whole for p in plans for length in p.lengths), "whole prompts")
 
-    def prefix_cache(self, name: str) -> Row:
+    def prefix_cache(self) -> Outcome:
         """Everything twice; the second time the prompts are in the cache."""
-        with self._engine(max_num_seqs=4, enable_prefix_cache=True) as it:
-            engine = _engine_of(it)
+        with self._engine(max_num_seqs=4, enable_prefix_cache=True) as engine:
             drive(engine, self._requests)
             before = engine.scheduler.kv.stats().hit_tokens
             got = drive(engine, self._requests)
-            return self._compare(name, got, engine.scheduler.kv.stats().hit_tokens - before, "tokens hit")
+            return Outcome(got, engine.scheduler.kv.stats().hit_tokens - before, "tokens hit")
 
-    def preemption(self, name: str) -> Row:
+    def preemption(self) -> Outcome:
         """A pool so small that sequences are thrown out and computed again."""
-        size = self._block_size()
+        size = self._plan.block_size
         longest = max(self._scale.lengths) + self._scale.new_tokens
-        blocks = -(-longest // size) + 2
-        with self._engine(max_num_seqs=len(self._requests), num_blocks=blocks, max_num_batched_tokens=64) as it:
-            got = drive(_engine_of(it), self._requests)
-            return self._compare(name, got, _engine_of(it).scheduler.stats.num_preemptions, "preemptions")
+        with self._engine(max_num_seqs=len(self._requests), num_blocks=-(-longest // size) + 2, max_num_batched_tokens=64) as engine:
+            return Outcome(drive(engine, self._requests), engine.scheduler.stats.num_preemptions, "preemptions")
 
-    def host_store(self, name: str) -> Row:
+    def host_store(self) -> Outcome:
         """KV goes to host memory, the device forgets it, and it comes back."""
-        with self._engine(max_num_seqs=4, enable_prefix_cache=True, use={**self._settings.get("use", {}), "kv_store": "core/host"}) as it:
-            engine = _engine_of(it)
+        pins = {**self._settings.get("use", {}), "kv_store": "core/host"}
+        with self._engine(max_num_seqs=4, enable_prefix_cache=True, use=pins) as engine:
             drive(engine, self._requests)
             settle(engine)
             engine.scheduler.kv.reset_prefix_cache()
-            got = drive(engine, self._requests)
-            return self._compare(name, got, engine.scheduler.kv.stats().store_tokens, "tokens loaded")
+            return Outcome(drive(engine, self._requests), engine.scheduler.kv.stats().store_tokens, "tokens loaded")
 
-    def forks(self, name: str) -> Row:
+    def forks(self) -> Outcome:
         """n = 3 from one prompt, against three sequences that never shared anything."""
         several = [replace(r, params=replace(r.params, n=3)) for r in self._requests]
-        apart = [replace(r, emitted=((), (), ())) for r in several]
-        with self._engine(max_num_seqs=3, enable_prefix_cache=False) as it:
-            expected: Tokens = {}
-            for request in apart:
-                expected |= drive(_engine_of(it), [request])
-        with self._engine(max_num_seqs=3 * len(self._requests)) as it:
-            got = drive(_engine_of(it), several)
-            return self._compare(name, got, _engine_of(it).scheduler.stats.num_forks, "forks", expected=expected)
+        expected: Tokens = {}
+        with self._engine(max_num_seqs=3, enable_prefix_cache=False) as engine:
+            for request in several:
+                expected |= drive(engine, [replace(request, emitted=((), (), ()))])
+        with self._engine(max_num_seqs=3 * len(self._requests)) as engine:
+            return Outcome(drive(engine, several), engine.scheduler.stats.num_forks, "forks", expected)
 
-    def resume(self, name: str) -> Row:
+    def resume(self) -> Outcome:
         """Prompt plus the first half of the answer, as after a failover."""
-        resumed, num_emitted = [], 0
-        for request in self._requests:
-            said = self._baseline[request.request_id, 0]
-            emitted = said[: len(said) // 2]
-            num_emitted += len(emitted)
-            resumed.append(replace(request, emitted=(emitted,)))
-        with self._engine(max_num_seqs=len(self._requests)) as it:
-            got = drive(_engine_of(it), resumed)
-            for request in resumed:
-                got[request.request_id, 0] = [*request.emitted[0], *got[request.request_id, 0]]
-            return self._compare(name, got, num_emitted, "tokens emitted before")
+        halves = {r.request_id: said[: len(said) // 2] for r in self._requests if (said := self._baseline[r.request_id, 0])}
+        resumed = [replace(r, emitted=(halves[r.request_id],)) for r in self._requests]
+        with self._engine(max_num_seqs=len(self._requests)) as engine:
+            got = {key: [*halves[key[0]], *tokens] for key, tokens in drive(engine, resumed).items()}
+        return Outcome(got, sum(map(len, halves.values())), "tokens emitted before")
 
-    def aborts(self, name: str) -> Row:
+    def aborts(self) -> Outcome:
         """As many neighbours again, each thrown out after a few steps."""
         mates = [replace(r, request_id=f"mate-{r.request_id}", seed=r.seed + 1) for r in self._requests]
         chance = random.Random(0)
         due = {m.request_id: chance.randrange(1, self._scale.new_tokens // 2) for m in mates}
-        with self._engine(max_num_seqs=2 * len(self._requests)) as it:
-            engine = _engine_of(it)
+        with self._engine(max_num_seqs=2 * len(self._requests)) as engine:
 
             def abort_some(plan: StepPlan) -> None:
                 for request_id in [i for i, left in due.items() if left <= 0]:
@@ -206,22 +211,21 @@ class Verifier:
             mixed = [r for pair in zip(mates, self._requests, strict=True) for r in pair]
             got = drive(engine, mixed, on_plan=abort_some)
             mine = {key: tokens for key, tokens in got.items() if not key[0].startswith("mate-")}
-            return self._compare(name, mine, engine.scheduler.stats.num_aborted, "neighbours aborted")
+            return Outcome(mine, engine.scheduler.stats.num_aborted, "neighbours aborted")
 
     # ---- comparison ----------------------------------------------------------------------------------------------------------
 
-    def _compare(self, name: str, got: Tokens, activity: int, what: str, *, expected: Tokens | None = None) -> Row:
-        expected = self._baseline if expected is None else expected
-        row = Row(name, True, 0, 0, activity, what)
+    def _compare(self, name: str, outcome: Outcome) -> Row:
+        expected = self._baseline if outcome.expected is None else outcome.expected
+        row = Row(name, True, 0, 0, outcome.activity, outcome.what)
         for key, base in expected.items():
-            mine = got.get(key, [])
+            mine = outcome.got.get(key, [])
             row.num_tokens += len(base)
             at = next((i for i, (a, b) in enumerate(zip(base, mine, strict=False)) if a != b), min(len(base), len(mine)))
             row.num_compared += at
             if at == len(base) == len(mine):
                 continue
-            problem = self._judge(key, base, mine, at)
-            if problem:
+            if problem := self._judge(key, base, mine, at):
                 row.is_identical = False
                 row.differences.append(problem)
         return row
@@ -231,80 +235,85 @@ class Verifier:
         place = f"{key[0]}[{key[1]}] token {at}"
         if at >= min(len(base), len(mine)):
             return f"{place}: lengths differ, {len(base)} expected, {len(mine)} came"
-        assert self._plain is not None
         words = f"{place}: {base[at]} expected, {mine[at]} came"
-        if self._is_row_invariant(self._plain):
+        if not self._allowed:
             return words
         margin = self._margin(key, base, mine[at], at)
-        allowed = MARGINS[self._plain.client.info().dtype]
-        return "" if margin <= allowed else f"{words}, {margin:.2g} below the best (at most {allowed:g} is a near tie)"
+        return "" if margin <= self._allowed else f"{words}, {margin:.2g} below the best (at most {self._allowed:g} is a near tie)"
 
     def _margin(self, key: Key, base: list[int], other: int, at: int) -> float:
-        """How far the worse of the two tokens lies below the best noised score, by the plain run's own logits at that place."""
+        """How far the worse of the two tokens lies below the best noised score, by the plain engine's own logits at that place."""
         import torch
 
         from xllm_core.runtime.noise import gumbel, stream_key
 
         request = next(r for r in self._requests if r.request_id == key[0])
         assert self._plain is not None
-        vocab = self._plain.client.info().vocab_size
-        params = replace(request.params, n=1, temperature=0.0, max_tokens=1, logprobs=vocab, ignore_eos=True)
+        vocab = self._plain.engine.vocab_size
+        params = replace(request.params, n=1, temperature=0.0, max_tokens=1, logprobs=vocab)
         prompt = [*request.prompt_token_ids, *base[:at]]
         outputs: list[TokenOutput] = []
-        drive(_engine_of(self._plain), [replace(request, request_id="margin", prompt_token_ids=prompt, params=params, emitted=())], into=outputs)
+        drive(self._plain.engine, [replace(request, request_id="margin", prompt_token_ids=prompt, params=params)], into=outputs)
         scored = outputs[-1].logprobs
         assert scored is not None
         scores = torch.empty(vocab)
         for token, logprob in scored[0].top:
             scores[token] = logprob
-        temperature = request.params.temperature
-        if temperature:
+        if temperature := request.params.temperature:
             stream = torch.tensor([[stream_key(request.seed, key[1], len(prompt))]])
             scores = scores / temperature + gumbel(stream, torch.arange(vocab))[0]
         return float(scores.max() - torch.min(scores[base[at]], scores[other]))
 
     # ---- making engines and requests -------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _engine(self, **settings: Any) -> Iterator[Processor]:
+    def _build(self, **settings: Any) -> BuiltEngine:
+        """An engine under these settings; weights are read once and passed from engine to engine."""
         flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, **settings}
-        processor = start_in_process(self._model, settings=Settings.from_flags(path=self._model, **flat))
-        try:
-            yield processor
-        finally:
-            processor.client.close()
+        made = Settings.from_flags(path=self._model, **flat)
+        assembly = assemble(made, PluginManager.discover(made).load())
+        if self._assembly is None:
+            self._assembly = assembly
+        return build_engine(assembly, made, loaded=self._plain.loaded if self._plain is not None else None)
 
-    def _make_requests(self, processor: Processor) -> list[EngineRequest]:
+    @contextmanager
+    def _engine(self, **settings: Any) -> Iterator[Engine]:
+        built = self._build(**settings)
+        try:
+            yield built.engine
+        finally:
+            built.engine.close()
+
+    @property
+    def _plan(self) -> AssemblyPlan:
+        assert self._assembly is not None
+        return self._assembly.plan
+
+    def _make_requests(self) -> list[EngineRequest]:
         """Greedy and seeded requests in turn, over prose where there is a tokenizer and over random tokens where there is none."""
+        assert self._assembly is not None
         chance = random.Random(20)
-        info = processor.client.info()
-        pool = processor.tokenizer.encode(PROSE) if processor.tokenizer is not None else []
+        vocab, context = self._assembly.shape.vocab_size, self._plan.max_model_len
+        files = self._assembly.checkpoint.tokenizer()
+        has_tokenizer = files.tokenizer_json is not None or files.convert is not None
+        pool = Tokenizer(files).encode(PROSE) if has_tokenizer else [chance.randrange(vocab) for _ in range(4096)]
         while len(pool) < sum(self._scale.lengths):
-            pool += pool if pool else [chance.randrange(info.vocab_size) for _ in range(4096)]
+            pool += pool
         requests, at = [], 0
         for i, length in enumerate(self._scale.lengths):
-            if length + self._scale.new_tokens > info.max_model_len:
-                raise XllmError(f"verify needs a context of {length + self._scale.new_tokens} tokens, this model has {info.max_model_len}; use --quick")
+            if length + self._scale.new_tokens > context:
+                raise XllmError(f"verify needs a context of {length + self._scale.new_tokens} tokens, this model has {context}; use --quick")
             prompt, at = pool[at : at + length], at + length
             for kind, temperature in (("greedy", 0.0), ("seeded", _TEMPERATURE)):
                 params = SamplingParams(max_tokens=self._scale.new_tokens, temperature=temperature, ignore_eos=True)
                 requests.append(EngineRequest(f"{kind}-{length}", tuple(prompt), params, seed=1000 + i))
         return requests
 
-    def _block_size(self) -> int:
-        assert self._plain is not None
-        return self._plain.client.info().block_size
 
-    @staticmethod
-    def _is_row_invariant(processor: Processor) -> bool:
-        return processor.client.info().is_row_invariant
-
-
-ROWS: dict[str, Callable[[Verifier, str], Row]] = {
+ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "batch mates": Verifier.batch_mates,
-    "chunk 16": lambda v, name: v.chunk(name, 16),
-    "chunk 64": lambda v, name: v.chunk(name, 64),
-    "chunk off": lambda v, name: v.chunk(name, 0),
+    "chunk 16": lambda v: v.chunk(16),
+    "chunk 64": lambda v: v.chunk(64),
+    "chunk off": lambda v: v.chunk(0),
     "prefix cache": Verifier.prefix_cache,
     "preemption": Verifier.preemption,
     "host store": Verifier.host_store,
@@ -359,11 +368,6 @@ def settle(engine: Engine) -> None:
     while engine.has_work or engine.scheduler.kv.stats().held_blocks:
         engine.step()
         time.sleep(0.001)
-
-
-def _engine_of(processor: Processor) -> Engine:
-    assert isinstance(processor.client, InProcessClient)
-    return processor.client.engine
 
 
 def _count(values: Sequence[int], wanted: int) -> int:
