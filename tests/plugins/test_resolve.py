@@ -18,7 +18,7 @@ from xllm_core.errors import (
     PluginError,
     ResolutionError,
 )
-from xllm_core.plugins import AttentionGeometry, AttentionSpec
+from xllm_core.plugins import AttentionGeometry, AttentionSpec, DeviceSpec
 from xllm_core.plugins import select as select_module
 from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import Offer, PluginManager
@@ -84,6 +84,23 @@ def test_rank_then_others_before_the_core_then_name() -> None:
     assert pick(offers[:1]).name == "core/z"
     assert pick(offers).eligible == ("p/a", "p/b", "core/z", "p/low")
     assert pick(offers).reason == "rank 3, before p/a with 0"
+
+
+def test_an_accelerator_comes_before_every_cpu() -> None:
+    """Whatever their ranks. Dies if rank alone decides among devices, or if a CPU is asked for nothing after one answered."""
+    asked: list[str] = []
+
+    def unfit(device: Offer) -> str:
+        asked.append(device.name)
+        return "is broken" if device.spec.name == "gpu" else ""
+
+    devices = [
+        Offer("p", "xllm-p", "1", DeviceSpec(name=name, target="a:b", rank=rank, is_accelerator=is_accelerator))
+        for name, rank, is_accelerator in (("cpu", 90, False), ("gpu", 5, True), ("npu", 1, True))
+    ]
+    choice = choose("device", devices, Settings(), unfit, need="a test", is_lazy=True)
+    assert (choice.name, asked) == ("p/npu", ["p/gpu", "p/npu"])
+    assert choice.rejected == (("p/gpu", "is broken"), ("p/cpu", "not asked: p/npu comes first and answers"))
 
 
 def test_preference_beats_rank_and_skips_what_does_not_fit() -> None:
