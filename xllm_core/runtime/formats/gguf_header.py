@@ -170,7 +170,8 @@ class GGUFHeader:
         return raw
 
     def _number(self, letter: str, what: str) -> Any:
-        return struct.unpack(f"<{letter}", self._take(struct.calcsize(f"<{letter}"), what))[0]
+        value = struct.unpack(f"<{letter}", self._take(struct.calcsize(f"<{letter}"), what))[0]
+        return _as_written(value) if letter == "f" else value
 
     def _string(self, what: str) -> str:
         raw = self._take(self._number("Q", what), what)
@@ -184,3 +185,13 @@ class GGUFHeader:
         if length > self.size_bytes - self._at:
             raise self.error(f"is truncated: {what} holds a string of {length} bytes at {self._at}; {_REDO}")
         self._at += length
+
+
+def _as_written(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05, where widening would give 9.999999747378752e-06."""
+    exact = struct.pack("<f", value)
+    for digits in range(6, 9):
+        short = float(f"{value:.{digits}g}")
+        if math.isfinite(short) and struct.pack("<f", short) == exact:
+            return short
+    return value
