@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -126,6 +126,8 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Tell one prompt from several: a list of integers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequestError(f"prompts are a text, a list of token ids, a mapping, or a list of these, got {prompts!r:.60}", param="prompt")
     several = list(prompts)
     if several and all(isinstance(p, int) and not isinstance(p, bool) for p in several):
         return [several]  # type: ignore[list-item]

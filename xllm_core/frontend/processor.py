@@ -46,7 +46,7 @@ class Processor:
         request = EngineRequest(
             request_id=request_id, prompt_token_ids=token_ids, params=params,
             seed=params.seed if params.seed is not None else secrets.randbits(63),
-            eos_token_ids=self._eos_token_ids, emitted=self._emitted(extra), priority=int(extra.get("priority", 0)),
+            eos_token_ids=self._eos_token_ids, emitted=self._emitted(extra), priority=_priority(extra.get("priority", 0)),
             arrival_s=time.monotonic(), salt=str(extra.get("cache_salt", "")),
         )  # fmt: skip
         self.client.submit(request)
@@ -110,15 +110,30 @@ class Processor:
             if not token_ids:
                 raise InvalidRequestError("the prompt is empty; give at least one character", param="prompt")
             return prompt, token_ids, extra
-        is_list = isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
+        is_list = isinstance(prompt, Sequence) and all(_is_id(token) for token in prompt)
         if not is_list:
             raise InvalidRequestError(f"a prompt is a text or a list of token ids, got {type(prompt).__name__} {prompt!r:.60}", param="prompt")
         return None, [int(t) for t in prompt], extra
 
     @staticmethod
     def _emitted(extra: Mapping[str, Any]) -> Sequence[Sequence[int]]:
+        """One list of ids for n = 1, or a list of them; the engine checks count and range."""
         emitted = extra.get("emitted_token_ids") or ()
-        return [list(tokens) for tokens in emitted] if not emitted or isinstance(emitted[0], Sequence) else [list(emitted)]
+        lists = [emitted] if emitted and all(_is_id(token) for token in emitted) else list(emitted)
+        for tokens in lists:
+            if not isinstance(tokens, Sequence) or not all(_is_id(token) for token in tokens):
+                raise InvalidRequestError(f"emitted_token_ids are lists of token ids, got {tokens!r:.60}", param="emitted_token_ids")
+        return [list(tokens) for tokens in lists]
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _priority(value: object) -> int:
+    if not _is_id(value):
+        raise InvalidRequestError(f"priority = {value!r:.40} is not possible: it must be an integer, lower is served first", param="priority")
+    return value  # type: ignore[return-value]
 
 
 def _ids(value: object) -> frozenset[int]:

@@ -1,0 +1,197 @@
+"""The matrix itself: green on a correct engine, red under one planted bug per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fixtures.tiny_models import make_tiny
+from xllm_core.engine.scheduler import Scheduler
+from xllm_core.engine.sequence import Sequence as EngineSequence
+from xllm_core.kv.keys import BlockKeys
+from xllm_core.kv.manager import KVManager
+from xllm_core.reference.attention import ReferenceAttention
+from xllm_core.reference.ops import BlockCopy, KvWrite
+from xllm_core.runtime.kv_cache import KVCache
+from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
+
+SMALL = Scale((1, 17, 33, 70), 12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Large enough a context for the full matrix, and a spread of logits that makes near ties rare."""
+    return str(make_tiny("llama", tmp_path_factory.mktemp("verify") / "tiny", max_position_embeddings=1024, initializer_range=0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
+    """16 prompts of 1 to 600 tokens, 64 new, greedy and seeded: every row identical and active."""
+    report = Verifier(model, dtype=dtype, scale=FULL, memory_bytes=1 << 26).run()
+    assert [row.feature for row in report.rows] == list(ROWS)
+    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+    assert all(row.activity > 0 and row.num_tokens > 0 for row in report.rows)
+
+
+# ---- planted bugs: each turns its row red ---------------------------------------------------------------------------------------
+
+
+def mixed_up_rows(patch: pytest.MonkeyPatch) -> None:
+    """Two decode rows of a step get each other's attention."""
+    run = ReferenceAttention.run
+
+    def wrong(self: Any, q: torch.Tensor, kv: Any, plan: Any, out: torch.Tensor) -> None:
+        run(self, q, kv, plan, out)
+        for group in plan:
+            if group.num_rows > 1:
+                out[group.tokens] = out[group.tokens].roll(1, 0)
+
+    patch.setattr(ReferenceAttention, "run", wrong)
+
+
+def chunk_forgets_its_past(patch: pytest.MonkeyPatch) -> None:
+    """A later chunk of a prompt sees itself only."""
+    plan = ReferenceAttention._plan_prefill
+
+    def wrong(self: Any, start: int, num_queries: int, num_keys: int, table: Any) -> Any:
+        group = plan(self, start, num_queries, num_keys, table)
+        if num_keys > num_queries and group.visible is not None:
+            group.visible[..., : num_keys - num_queries] = False
+        return group
+
+    patch.setattr(ReferenceAttention, "_plan_prefill", wrong)
+
+
+def long_prompts_lose_their_last_slot(patch: pytest.MonkeyPatch) -> None:
+    """The last token of a prompt computed whole is stored nowhere."""
+    write = KvWrite.__call__
+
+    def wrong(self: Any, new: Any, caches: Any, slots: torch.Tensor) -> None:
+        if len(slots) > 64:
+            slots = slots.clone()
+            slots[16::33] = -1
+        write(self, new, caches, slots)
+
+    patch.setattr(KvWrite, "__call__", wrong)
+
+
+def cache_ignores_what_came_before(patch: pytest.MonkeyPatch) -> None:
+    """Blocks are found by the last token of their own: different texts share a key."""
+    key = BlockKeys.key
+    patch.setattr(BlockKeys, "key", lambda self, parent, tokens, suffix: key(self, parent, list(tokens[:1]) * len(tokens), suffix))
+
+
+def preempted_sequences_keep_their_progress(patch: pytest.MonkeyPatch) -> None:
+    """A sequence that comes back believes that its first block was computed."""
+    enter = Scheduler._enter
+
+    def wrong(self: Scheduler, plan: Any, sequence: EngineSequence, kv: Any, num_cached: int) -> None:
+        enter(self, plan, sequence, kv, num_cached)
+        if sequence.num_preemptions:
+            sequence.num_computed = max(num_cached, min(8, len(sequence.tokens) - 1))
+
+    patch.setattr(Scheduler, "_enter", wrong)
+
+
+def store_brings_other_bytes(patch: pytest.MonkeyPatch) -> None:
+    """Half of a restored block is lost on the way."""
+    write = KVCache.write_block
+
+    def wrong(self: KVCache, group: int, block_id: int, data: torch.Tensor) -> None:
+        data = data.clone()
+        data[: len(data) // 2] = 0
+        write(self, group, block_id, data)
+
+    patch.setattr(KVCache, "write_block", wrong)
+
+
+def forks_share_their_tail(patch: pytest.MonkeyPatch) -> None:
+    """Copy on write hands out a block and copies nothing into it."""
+    patch.setattr(BlockCopy, "__call__", lambda self, caches, src, dst: None)
+
+
+def resumed_noise_starts_again(patch: pytest.MonkeyPatch) -> None:
+    """Emitted tokens are taken, but the last one is dropped."""
+    init = EngineSequence.__init__
+
+    def wrong(self: EngineSequence, request: Any, index: int, **options: Any) -> None:
+        init(self, request, index, **options)
+        if request.emitted and len(request.emitted[index]) > 1:
+            self.tokens[-1] = (self.tokens[-1] + 1) % 100
+
+    patch.setattr(EngineSequence, "__init__", wrong)
+
+
+def aborts_free_a_neighbours_block(patch: pytest.MonkeyPatch) -> None:
+    """What an aborted sequence leaves is overwritten at once, one block too far."""
+    abort = Scheduler.abort
+
+    def wrong(self: Scheduler, request_id: str, index: int | None = None) -> int:
+        dropped = abort(self, request_id, index)
+        for sequence in self.running[:1]:
+            sequence.tokens[-1] = (sequence.tokens[-1] + 1) % 100
+            sequence.sample_step = -2
+        return dropped
+
+    patch.setattr(Scheduler, "abort", wrong)
+
+
+BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "batch mates": mixed_up_rows,
+    "chunk 16": chunk_forgets_its_past,
+    "chunk 64": chunk_forgets_its_past,
+    "chunk off": long_prompts_lose_their_last_slot,
+    "prefix cache": cache_ignores_what_came_before,
+    "preemption": preempted_sequences_keep_their_progress,
+    "host store": store_brings_other_bytes,
+    "n > 1 forks": forks_share_their_tail,
+    "resume": resumed_noise_starts_again,
+    "neighbours aborted": aborts_free_a_neighbours_block,
+}
+
+
+class _PlainFirst(Verifier):
+    """Plants its bug after the plain run, so that the row is wrong and the baseline is not."""
+
+    plant: Callable[[], None]
+
+    def _engine(self, **settings: Any) -> Any:
+        self.plant()
+        return super()._engine(**settings)
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_a_planted_bug_turns_its_row_red(model: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row has a bug that it alone is there to find; without it the same run is green."""
+    clean = Verifier(model, scale=SMALL, memory_bytes=1 << 25).run(only=[row])
+    assert clean.has_passed, clean.rows
+    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25)
+    broken.plant = lambda: BUGS[row](monkeypatch)
+    report = broken.run(only=[row])
+    assert not report.has_passed, f"{BUGS[row].__name__} went unnoticed"
+    assert report.rows[0].differences, "red for want of activity, not for a difference"
+
+
+def test_a_row_without_activity_is_red(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that never hits leaves every answer right, and proves nothing."""
+    lookup = KVManager.lookup
+
+    def blind(self: KVManager, token_ids: Sequence[int], **options: Any) -> Any:
+        return lookup(self, token_ids, **{**options, "use_cache": False})
+
+    monkeypatch.setattr(KVManager, "lookup", blind)
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25).run(only=["prefix cache"])
+    assert report.rows[0].is_identical
+    assert report.rows[0].activity == 0
+    assert not report.has_passed
+
+
+def test_unknown_rows_are_refused(tmp_path: Path) -> None:
+    """With the list of those there are."""
+    with pytest.raises(ValueError, match="batch mates"):
+        Verifier(str(tmp_path)).run(only=["no such row"])
