@@ -17,7 +17,7 @@ from xllm_core.reference import ops as reference_ops
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
 from xllm_core.runtime.kv_cache import KVCache
-from xllm_core.runtime.loader import load_weights
+from xllm_core.runtime.loader import check_weights, load_weights
 from xllm_core.runtime.parts import CoreParts
 
 
@@ -35,6 +35,7 @@ class Harness:
         block_size: int = 4, config: Mapping[str, Any] | None = None, **ranks: Any,
     ) -> None:  # fmt: skip
         config = checkpoint.config if config is None else config
+        check_weights(checkpoint, family.weight_map(config))
         device = ReferenceDevice(0)
         world_size = ranks.get("world_size", 1)
         groups = [self._shared_out(group, world_size) for group in family.kv_groups(config, dtype)]

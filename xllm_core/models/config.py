@@ -24,15 +24,15 @@ class Fields:
         """The error to raise for a field."""
         return ModelFormatError(f"{self.source}: {name!r} {problem}")
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = 2**40) -> int:
         """A whole number; absent or null gives `default`, or is refused where there is none."""
         value = self._config.get(name)
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(name, f"is {shown(value)}, a whole number is needed; take the file that came with the weights")
-        if value < minimum:
-            raise self.error(name, f"is {value}, at least {minimum} is needed; take the file that came with the weights")
+        if not minimum <= value <= maximum:
+            raise self.error(name, f"is {value}, from {minimum} to {maximum} is possible; take the file that came with the weights")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -56,6 +56,10 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return name in self._config
+
+    def num_layers(self) -> int:
+        """Bounded, because a weight map of that length is made before it is compared with the checkpoint."""
+        return self.integer("num_hidden_layers", maximum=10_000)
 
     def get(self, name: str) -> Any:
         """The raw value, None if absent."""

@@ -152,7 +152,7 @@ def read_dense(config: Mapping[str, Any], architecture: str, **traits: Any) -> D
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.num_layers(),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,

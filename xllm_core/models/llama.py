@@ -37,5 +37,5 @@ class Mistral(DenseFamily):
         fields = Fields(config)
         has_window = "sliding_window" not in fields or fields.get("sliding_window") is not None
         window = fields.integer("sliding_window", 4096) if has_window else None
-        layers = range(fields.integer("num_hidden_layers")) if has_window else ()
+        layers = range(fields.num_layers()) if has_window else ()
         return read_dense(config, "MistralForCausalLM", window=window, window_layers=frozenset(layers))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from xllm_core.errors import IntegrityError, WeightMismatchError
-from xllm_core.plugins.contracts.weights import Checkpoint, TensorInfo, WeightEntry, WeightMap
+from xllm_core.plugins.contracts.weights import Checkpoint, WeightEntry, WeightMap
 from xllm_core.runtime.parts import CoreParts, Parameter
 
 Progress = Callable[[str, int, int], None]
@@ -40,8 +40,7 @@ def load_weights(
     Raises WeightMismatchError for missing, misshapen, surplus and non-finite tensors, ModelFormatError for unreadable ones.
     """
     started_s = time.monotonic()
-    held = checkpoint.tensors()
-    sources = _match(checkpoint, held, weight_map)
+    sources = check_weights(checkpoint, weight_map)
     _check_coverage(weight_map.entries, parts.parameters)
     total = sum(torch.Size(entry.shape).numel() for entry in weight_map.entries) * parts.dtype.itemsize
     done = 0
@@ -54,14 +53,18 @@ def load_weights(
     parts.finish()
     return LoadReport(
         num_tensors=sum(map(bool, sources)),
-        num_ignored=len(set(held) - set(sources)),
+        num_ignored=len(set(checkpoint.tensors()) - set(sources)),
         loaded_bytes=done // parts.world_size,
         seconds=time.monotonic() - started_s,
     )
 
 
-def _match(checkpoint: Checkpoint, held: Mapping[str, TensorInfo], weight_map: WeightMap) -> list[str]:
-    """The checkpoint's name for each entry, "" for an absent optional one that nothing stands in for; raises with all that does not fit."""
+def check_weights(checkpoint: Checkpoint, weight_map: WeightMap) -> list[str]:
+    """Compare names and shapes; raises WeightMismatchError with all that does not fit. Call it before a model is built, whose sizes may be absurd.
+
+    Returns the checkpoint's name for each entry of the map, "" for an absent optional one that nothing stands in for.
+    """
+    held = checkpoint.tensors()
     sources: list[str] = []
     missing: list[str] = []
     misshapen: list[str] = []

@@ -20,34 +20,44 @@ class Hub:
         if not _HUB_ID.fullmatch(reference):
             return None
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
-            return _usable(huggingface_hub.snapshot_download(reference, allow_patterns=_PATTERNS, local_files_only=True))
-        except (LocalEntryNotFoundError, FileNotFoundError):
-            pass  # not here yet, or only in part
+            folder = Path(huggingface_hub.snapshot_download(reference, allow_patterns=_PATTERNS, local_files_only=True))
+            if _is_usable(folder):
+                return str(folder)
+        except LocalEntryNotFoundError:
+            pass  # not here yet
         except HFValidationError as error:
             raise ModelNotFoundError(f"{reference}: not a hub id ({error})") from error
-        try:
-            return _usable(huggingface_hub.snapshot_download(reference, allow_patterns=_PATTERNS))
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            raise ModelNotFoundError(f"{reference}: the hub answers {status} ({_first_line(error)}). {_advice(reference)}") from error
-        except (LocalEntryNotFoundError, OSError) as error:  # offline mode, no route, no name, refused, out of disk
-            raise ModelNotFoundError(
-                f"{reference}: not in the local cache, and the hub cannot be reached ({_first_line(error)}). {_advice(reference)}"
-            ) from error
+        folder = _download(reference)
+        if not _is_usable(folder):
+            raise ModelNotFoundError(f"{reference}: the hub holds no config.json with .safetensors under this name. {_advice(reference)}")
+        return str(folder)
 
     def open(self, path: Path) -> None:
         """Never: a snapshot is a directory, which its own format opens."""
         return
 
 
-def _usable(folder: str) -> str:
+def _download(reference: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(reference, allow_patterns=_PATTERNS))
+    except LocalEntryNotFoundError as error:  # offline mode, no route, no name, refused: the library found nothing to fall back on
+        problem = f"not in the local cache, and the hub cannot be reached ({_first_line(error)})"
+        raise ModelNotFoundError(f"{reference}: {problem}. {_advice(reference)}") from error
+    except HfHubHTTPError as error:
+        raise ModelNotFoundError(f"{reference}: the hub refuses ({_first_line(error)}). {_advice(reference)}") from error
+    except OSError as error:  # a broken connection, a full disk
+        raise ModelNotFoundError(f"{reference}: the download failed ({_first_line(error)}). {_advice(reference)}") from error
+
+
+def _is_usable(folder: Path) -> bool:
     """A cached snapshot may hold only what others asked for (a tokenizer); weights must be there."""
-    if not (any(Path(folder).glob("*.safetensors")) and (Path(folder) / "config.json").exists()):
-        raise FileNotFoundError(f"{folder} holds no config.json with .safetensors")
-    return folder
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,174 @@
+"""The loader: what is filled, cast, cut and reported, and what it refuses. Damaged files have their own table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.harness import built_ops
+from xllm_core.errors import IntegrityError, WeightMismatchError
+from xllm_core.plugins.contracts.weights import TensorInfo, TokenizerFiles, WeightEntry, WeightMap
+from xllm_core.reference.device import ReferenceDevice
+from xllm_core.runtime.loader import LoadReport, load_weights
+from xllm_core.runtime.parts import CoreParts
+
+
+class InMemory:
+    """A checkpoint that is a dictionary."""
+
+    path = Path("/models/dictionary")
+    config: Mapping[str, Any] = {}
+    generation_config: Mapping[str, Any] = {}
+
+    def __init__(self, **held: torch.Tensor) -> None:
+        self.held = held
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self.held.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.held[name]
+
+    def tokenizer(self) -> TokenizerFiles:
+        raise AssertionError("not asked for")
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def make_parts(dtype: torch.dtype = torch.float32) -> CoreParts:
+    device = ReferenceDevice(0)
+    return CoreParts(device, dtype, built_ops(device), {})
+
+
+def entry(name: str, param: str, *shape: int, **rest: Any) -> WeightEntry:
+    return WeightEntry(name, param, shape, "replicated", **rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fills_fuses_casts_and_reports(dtype: torch.dtype) -> None:
+    """Rows of a fused parameter in their places, values in the model's dtype, the file untouched. Killed by: wrong rows, no cast, aliasing."""
+    a, b, norm = torch.randn(2, 3), torch.randn(1, 3, dtype=torch.float64).half(), torch.randn(4)
+    checkpoint = InMemory(a=a, b=b, norm=norm, unused=torch.zeros(1))
+    entries = [entry("b", "w.weight", 1, 3, rows=(2, 1)), entry("a", "w.weight", 2, 3, rows=(0, 2)), entry("norm", "n", 4)]
+    parts = make_parts(dtype)
+    linear, n = parts.linear("w", 3, 3, axis="replicated"), parts.parameter("n", (4,))
+    seen: list[tuple[str, int, int]] = []
+    report = load_weights(checkpoint, WeightMap(entries, ["unus.d"]), parts, progress=lambda *facts: seen.append(facts))
+    x = torch.randn(1, 3).to(dtype)
+    assert torch.equal(linear(x), x @ torch.cat((a.to(dtype), b.to(dtype))).T)
+    assert torch.equal(n, norm.to(dtype))
+    n.fill_(9)
+    assert not torch.equal(norm, torch.full((4,), 9.0))
+    size = dtype.itemsize
+    assert seen == [("b", 3 * size, 13 * size), ("a", 9 * size, 13 * size), ("norm", 13 * size, 13 * size)]
+    assert report == LoadReport(num_tensors=3, num_ignored=1, loaded_bytes=13 * size, seconds=report.seconds)
+
+
+def test_what_is_missing_misshapen_or_surplus_is_listed() -> None:
+    """All of it in one error, the first ten by name. Killed by: stopping at the first, matching ignorable names by prefix."""
+    entries = [entry(f"m{index:02}", f"p{index}", 2) for index in range(12)] + [entry("shape", "s", 2, 3)]
+    parts = make_parts()
+    for index in range(12):
+        parts.parameter(f"p{index}", (2,))
+    parts.parameter("s", (2, 3))
+    checkpoint = InMemory(shape=torch.zeros(3, 2), more=torch.zeros(1), buffers=torch.zeros(1))
+    with pytest.raises(WeightMismatchError) as caught:
+        load_weights(checkpoint, WeightMap(entries, ["buffer"]), parts)
+    message = str(caught.value)
+    assert "12 missing: m00; m01" in message
+    assert "and 2 more" in message
+    assert "m10" not in message
+    assert "shape is [3, 2], the model needs [2, 3]" in message
+    assert "2 not expected by this model: more; buffers" in message
+    assert "/models/dictionary" in message
+
+
+def test_optional_tensors() -> None:
+    """Present: read. Absent: the fallback stands in, or the parameter stays zero. Killed by: fallback first, an error for the absent."""
+    entries = [
+        entry("a", "pa", 2), entry("head", "ph", 2, is_optional=True, fallback="a"), entry("bias", "pb", 2, is_optional=True),
+    ]  # fmt: skip
+    one, two = torch.ones(2), torch.full((2,), 2.0)
+    for held, expected in (({"a": one}, (one, torch.zeros(2))), ({"a": one, "head": two, "bias": two}, (two, two))):
+        parts = make_parts()
+        tensors = [parts.parameter(name, (2,)) for name in ("pa", "ph", "pb")]
+        load_weights(InMemory(**held), WeightMap(entries), parts)
+        assert torch.equal(tensors[1], expected[0])
+        assert torch.equal(tensors[2], expected[1])
+    with pytest.raises(WeightMismatchError, match="1 missing: a"):
+        parts = make_parts()
+        parts.parameter("ph", (2,))
+        load_weights(InMemory(), WeightMap([entries[1]]), parts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(value: float) -> None:
+    """Killed by: not looking; a sum that hides opposite infinities gives NaN, which shows too."""
+    tensor = torch.zeros(1000)
+    tensor[777] = value
+    parts = make_parts()
+    parts.parameter("p", (1000,))
+    with pytest.raises(WeightMismatchError, match=r"'t'.*not finite"):
+        load_weights(InMemory(t=tensor), WeightMap([entry("t", "p", 1000)]), parts)
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ([entry("t", "p", 2, rows=(0, 2))], "fills 2 of 4 rows"),
+        ([entry("t", "p", 4), entry("u", "q", 1)], "did not ask for"),
+        ([WeightEntry("t", "p", (4,), "column")], "axis 'column'"),
+        ([entry("t", "p", 3)], "shape"),
+    ],
+)
+def test_a_weight_map_that_does_not_cover_the_model_is_a_bug(entries: list[WeightEntry], says: str) -> None:
+    """A gap would leave zeros in a model that runs. Killed by: trusting the family."""
+    parts = make_parts()
+    parts.parameter("p", (4,))
+    held = {one.name: torch.zeros(one.shape) for one in entries}
+    with pytest.raises(IntegrityError, match=says):
+        load_weights(InMemory(**held), WeightMap(entries), parts)
+
+
+def test_parts_refuse_what_makes_no_sense() -> None:
+    """Killed by: a second parameter of one name silently replacing the first, a lookup error without a sentence."""
+    parts = make_parts()
+    parts.parameter("p", (4,))
+    with pytest.raises(IntegrityError, match="twice"):
+        parts.parameter("p", (4,))
+    with pytest.raises(IntegrityError, match="'conv'"):
+        parts.op("conv")
+    with pytest.raises(IntegrityError, match="'full'"):
+        parts.attention("full", 0, num_heads=1, num_kv_heads=1, head_size=2, scale=1.0)
+    with pytest.raises(IntegrityError, match="2 ranks"):
+        CoreParts(parts.device, torch.float32, {}, {}, world_size=2)
+
+
+class PackingLinear:
+    """A linear op that keeps a packed copy and counts what is alive."""
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return weight.clone()
+
+    def __call__(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+        return x @ prepared.T
+
+
+def test_packed_weights_are_let_go() -> None:
+    """After `finish` nobody but the op holds a weight, except a tied table. Killed by: a parameter that keeps its tensor."""
+    device = ReferenceDevice(0)
+    parts = CoreParts(device, "float32", {**built_ops(device), "linear": PackingLinear()}, {})
+    parts.linear("w", 4, 4, axis="column")
+    embed = parts.embedding("e", 6, 4)
+    head = parts.lm_head("h", 4, 6, tied_to="e")
+    weight, table = torch.randn(4, 4), torch.randn(6, 4)
+    entries = [WeightEntry("w", "w.weight", (4, 4), "column"), WeightEntry("e", "e.weight", (6, 4), "vocab")]
+    load_weights(InMemory(w=weight, e=table), WeightMap(entries), parts)
+    assert all(parameter.tensor is None for parameter in parts.parameters.values())
+    assert torch.equal(embed(torch.tensor([5])), table[5:])
+    assert torch.allclose(head(table[:1]), table[:1] @ table.T)
