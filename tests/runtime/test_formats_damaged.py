@@ -244,7 +244,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "another magic": (gguf_bytes(lambda raw: b"GGML" + raw[4:]), "GGML"),
     "version 1": (gguf_bytes(lambda raw: raw[:4] + struct.pack("<I", 1) + raw[8:]), "version 1"),
     "big-endian": (gguf_bytes(lambda raw: raw[:4] + struct.pack(">I", 3) + raw[8:]), "big-endian"),
-    "metadata cut short": (gguf_bytes(lambda raw: raw[: raw.index(b"llama.block_count") + 19]), "truncated"),
+    "metadata cut short": (gguf_bytes(lambda raw: raw[: raw.index(_KEY) + 19]), "convert the file again"),
     "table cut short": (gguf_bytes(lambda raw: raw[: _entry(raw, _MATRIX) + 6]), "truncated"),
     "data cut short": (gguf_bytes(lambda raw: raw[:-700]), "truncated"),
     "too many tensors": (gguf_bytes(lambda raw: raw[:8] + struct.pack("<Q", 2**61) + raw[16:]), str(2**61)),
