@@ -87,7 +87,7 @@ nightly: setup ## the long proofs
 	  $(PYTEST) -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
 
 bench: setup ## figures of this machine, each with its target
-	@$(RUN) benchmarks/run.py $(ARGS)
+	@$(RUN) -m benchmarks.run $(ARGS)
 
 wheels: setup ## every distribution as a wheel, in dist/
 	@rm -rf dist

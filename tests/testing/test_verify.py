@@ -17,6 +17,7 @@ from xllm_core.kv.manager import KVManager
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.ops import BlockCopy, KvWrite
 from xllm_core.runtime.kv_cache import KVCache
+from xllm_core.runtime.sampling_state import SamplingState
 from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
 
 SMALL = Scale((1, 17, 33, 70), 12)
@@ -80,22 +81,22 @@ def long_prompts_lose_their_last_slot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KvWrite, "__call__", wrong)
 
 
-def cache_ignores_what_came_before(patch: pytest.MonkeyPatch) -> None:
-    """Blocks are found by the last token of their own: different texts share a key."""
+def cache_ignores_the_tokens(patch: pytest.MonkeyPatch) -> None:
+    """Blocks are found by their place alone: different texts share a key."""
     key = BlockKeys.key
-    patch.setattr(BlockKeys, "key", lambda self, parent, tokens, suffix: key(self, parent, list(tokens[:1]) * len(tokens), suffix))
+    patch.setattr(BlockKeys, "key", lambda self, parent, tokens, suffix: key(self, parent, [0] * len(tokens), suffix))
 
 
-def preempted_sequences_keep_their_progress(patch: pytest.MonkeyPatch) -> None:
-    """A sequence that comes back believes that its first block was computed."""
-    enter = Scheduler._enter
+def preempted_sequences_say_a_token_again(patch: pytest.MonkeyPatch) -> None:
+    """A sequence that gives way forgets the token it gave out last."""
+    preempt = Scheduler._preempt
 
-    def wrong(self: Scheduler, plan: Any, sequence: EngineSequence, kv: Any, num_cached: int) -> None:
-        enter(self, plan, sequence, kv, num_cached)
-        if sequence.num_preemptions:
-            sequence.num_computed = max(num_cached, min(8, len(sequence.tokens) - 1))
+    def wrong(self: Scheduler, victim: EngineSequence) -> None:
+        preempt(self, victim)
+        if len(victim.tokens) > victim.num_prompt:
+            victim.tokens.pop()
 
-    patch.setattr(Scheduler, "_enter", wrong)
+    patch.setattr(Scheduler, "_preempt", wrong)
 
 
 def store_brings_other_bytes(patch: pytest.MonkeyPatch) -> None:
@@ -127,18 +128,16 @@ def resumed_noise_starts_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EngineSequence, "__init__", wrong)
 
 
-def aborts_free_a_neighbours_block(patch: pytest.MonkeyPatch) -> None:
-    """What an aborted sequence leaves is overwritten at once, one block too far."""
-    abort = Scheduler.abort
+def leaving_clears_the_next_slot(patch: pytest.MonkeyPatch) -> None:
+    """When a sequence leaves, the one in the slot beside it loses its seed."""
+    release = SamplingState.release
 
-    def wrong(self: Scheduler, request_id: str, index: int | None = None) -> int:
-        dropped = abort(self, request_id, index)
-        for sequence in self.running[:1]:
-            sequence.tokens[-1] = (sequence.tokens[-1] + 1) % 100
-            sequence.sample_step = -2
-        return dropped
+    def wrong(self: SamplingState, slots: Sequence[int]) -> None:
+        release(self, slots)
+        for slot in slots:
+            self._seed[(slot - 1) % len(self._seed)] = 0
 
-    patch.setattr(Scheduler, "abort", wrong)
+    patch.setattr(SamplingState, "release", wrong)
 
 
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -146,12 +145,12 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "chunk 16": chunk_forgets_its_past,
     "chunk 64": chunk_forgets_its_past,
     "chunk off": long_prompts_lose_their_last_slot,
-    "prefix cache": cache_ignores_what_came_before,
-    "preemption": preempted_sequences_keep_their_progress,
+    "prefix cache": cache_ignores_the_tokens,
+    "preemption": preempted_sequences_say_a_token_again,
     "host store": store_brings_other_bytes,
     "n > 1 forks": forks_share_their_tail,
     "resume": resumed_noise_starts_again,
-    "neighbours aborted": aborts_free_a_neighbours_block,
+    "neighbours aborted": leaving_clears_the_next_slot,
 }
 
 
@@ -168,9 +167,9 @@ class _PlainFirst(Verifier):
 @pytest.mark.parametrize("row", list(ROWS))
 def test_a_planted_bug_turns_its_row_red(model: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row has a bug that it alone is there to find; without it the same run is green."""
-    clean = Verifier(model, scale=SMALL, memory_bytes=1 << 25).run(only=[row])
+    clean = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4).run(only=[row])
     assert clean.has_passed, clean.rows
-    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25)
+    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25, block_size=4)
     broken.plant = lambda: BUGS[row](monkeypatch)
     report = broken.run(only=[row])
     assert not report.has_passed, f"{BUGS[row].__name__} went unnoticed"
@@ -185,7 +184,7 @@ def test_a_row_without_activity_is_red(model: str, monkeypatch: pytest.MonkeyPat
         return lookup(self, token_ids, **{**options, "use_cache": False})
 
     monkeypatch.setattr(KVManager, "lookup", blind)
-    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25).run(only=["prefix cache"])
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4).run(only=["prefix cache"])
     assert report.rows[0].is_identical
     assert report.rows[0].activity == 0
     assert not report.has_passed

@@ -1,0 +1,43 @@
+"""The conditions under which a figure was taken: memory bandwidth, load, versions. Figures without them are not comparable."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from typing import Any
+
+_PROBE_BYTES = 256 << 20  # well beyond any cache
+_PASSES = 5
+
+
+def read_bandwidth_gb_s() -> float:
+    """Best of a few sequential reads of 256 MiB by all torch threads, in GB/s."""
+    import torch
+
+    data = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32)
+    best = 0.0
+    for _ in range(_PASSES):
+        started_s = time.perf_counter()
+        data.sum()
+        best = max(best, _PROBE_BYTES / (time.perf_counter() - started_s) / 1e9)
+    return round(best, 2)
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, versions and load right now."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(), "load": [round(x, 2) for x in os.getloadavg()], "python": platform.python_version(),
+        "torch": torch.__version__, "read_gb_s": read_bandwidth_gb_s(),
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

