@@ -34,7 +34,11 @@ def build_geometry(kinds: Sequence[str], num_blocks: int | Sequence[int], finger
     """One group per kind; a slot, or a recurrent state, is one uint64."""
     groups = tuple(
         KVGroupSpec(
-            f"{kind}{g}", kind, (g,), (KVTensorSpec("hash", (1,), "uint64"),), WINDOW if kind == "sliding_window" else None
+            f"{kind}{g}",
+            kind,
+            (g,),
+            (KVTensorSpec("hash", (1,), "uint64"),),
+            WINDOW if kind == "sliding_window" else None,
         )
         for g, kind in enumerate(kinds)
     )
@@ -88,7 +92,9 @@ class HashDevice:
             for position in range(first, end):
                 block = table[position // size]
                 assert block >= 0, f"{group.name}: position {position} of [{start}, {end}) is in a hole"
-                assert cache[block, position % size] == hashes[position + 1], f"{group.name}: position {position} is wrong"
+                assert cache[block, position % size] == hashes[position + 1], (
+                    f"{group.name}: position {position} is wrong"
+                )
 
     def read_block(self, group: int, block_id: int) -> torch.Tensor:
         return torch.from_numpy(self.cache[group][block_id].view(np.uint8).copy())
@@ -266,9 +272,15 @@ class Bench:
         groups = [g for g in self.manager._groups if not (but_windows and g.spec.kind == "sliding_window")]
         changes = self.manager._changes
         return (
-            [(g.pool.refs.copy(), g.pool.leases.copy(), list(g.pool.owners), g.pool.lru(), g.pool._free.copy()) for g in groups],
+            [
+                (g.pool.refs.copy(), g.pool.leases.copy(), list(g.pool.owners), g.pool.lru(), g.pool._free.copy())
+                for g in groups
+            ],
             sorted((key, node.num_pins, node.num_loads) for key, node in self.manager._tree.nodes.items()),
-            [(id(kv), kv.capacity_tokens, kv.next_commit_tokens, kv.ticket, kv.slot) for kv in sorted(self.manager._live, key=id)],
+            [
+                (id(kv), kv.capacity_tokens, kv.next_commit_tokens, kv.ticket, kv.slot)
+                for kv in sorted(self.manager._live, key=id)
+            ],
             [[kv._tables[g.index].copy() for g in groups] for kv in sorted(self.manager._live, key=id)],
             (len(changes.copies), len(changes.transfers), 0 if but_windows else len(changes.table_writes)),
         )

@@ -204,7 +204,9 @@ def test_close_ends_everything(geometry_of) -> None:
 
 def test_limits_are_checked_at_the_start(geometry_of) -> None:
     """Mutation: a store that silently keeps nothing."""
-    with pytest.raises(ConfigError, match="host_store_bytes = 39 cannot hold one block of 4 tokens, which takes 40 bytes"):
+    with pytest.raises(
+        ConfigError, match="host_store_bytes = 39 cannot hold one block of 4 tokens, which takes 40 bytes"
+    ):
         HostStore({"host_store_bytes": 39}, geometry_of(("full", "recurrent"), 4))
     store = HostStore({"host_store_bytes": 40}, geometry_of(("full", "recurrent"), 4))
     store.mover(Bytes(geometry_of(("full", "recurrent"), 4))).close()
@@ -268,6 +270,11 @@ def test_leased_blocks_are_not_given_to_others(new_bench) -> None:
     bench.run_transfers()
     assert bench.place(run)
     bench.step()
+    run.tokens += list(range(6))
+    assert bench.advance(run, 1)
+    bench.step()
+    bench.manager.release(run.kv, save=False)
+    assert bench.manager.stats().held_blocks == 0, "told not to save, all is available at once"
     bench.close()
 
 

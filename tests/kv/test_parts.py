@@ -14,8 +14,9 @@ from xllm_core.errors import IntegrityError
 from xllm_core.kv.block_pool import BlockPool
 from xllm_core.kv.groups import build_group
 from xllm_core.kv.keys import BlockKeys, block_key, storage_key
-from xllm_core.kv.prefix_tree import PrefixTree
-from xllm_core.plugins.contracts.kv import KVGroupSpec
+from xllm_core.kv.manager import KVManager
+from xllm_core.kv.prefix_tree import Node, PrefixTree
+from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec
 
 SETTINGS = settings(
     max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -29,7 +30,7 @@ def lp(data: bytes) -> bytes:
 def test_block_keys_are_the_documented_bytes() -> None:
     """A router must compute the same key from the description alone. Mutation: any change of order, tag or integer width."""
     tokens = [0, 1, 258, 2**32 - 1]
-    packed = b"\0\0\0\0" b"\x01\0\0\0" b"\x02\x01\0\0" b"\xff\xff\xff\xff"
+    packed = b"\0\0\0\0\x01\0\0\0\x02\x01\0\0\xff\xff\xff\xff"
     first = sha256(lp(b"xllm.block.1") + lp(b"") + lp(packed) + lp(b"") + lp(b"") + lp(b"")).digest()
     assert block_key(b"", tokens) == first
     second = sha256(
@@ -38,9 +39,12 @@ def test_block_keys_are_the_documented_bytes() -> None:
     assert block_key(first, tokens, adapter="ad", media=b"\x07m", salt="sé") == second
     keys = BlockKeys(4)
     assert keys.key(first, tokens, keys.suffix(adapter="ad", media=b"\x07m", salt="sé")) == second
-    assert block_key(b"", [1, 2]).hex() == sha256(
-        bytes.fromhex("0c000000" "786c6c6d2e626c6f636b2e31" "00000000" "08000000" "0100000002000000" + "00000000" * 3)
-    ).hexdigest()
+    assert (
+        block_key(b"", [1, 2]).hex()
+        == sha256(
+            bytes.fromhex("0c000000786c6c6d2e626c6f636b2e3100000000080000000100000002000000" + "00000000" * 3)
+        ).hexdigest()
+    )
 
 
 def test_different_inputs_never_share_a_key() -> None:
@@ -132,7 +136,14 @@ def test_pool_follows_the_naive_model(num_blocks: int, operations: list[tuple[in
 def test_pool_refuses_what_would_corrupt_it() -> None:
     """Each misuse is an IntegrityError with numbers, not a silent change. Mutation: drop any one check."""
     pool: BlockPool[str] = BlockPool(1, lambda owner: None)
-    for misuse in (pool.acquire, pool.drop, pool.unlease, pool.lease, pool.withdraw, lambda block: pool.publish(block, "x")):
+    for misuse in (
+        pool.acquire,
+        pool.drop,
+        pool.unlease,
+        pool.lease,
+        pool.withdraw,
+        lambda block: pool.publish(block, "x"),
+    ):
         with pytest.raises(IntegrityError, match="block 0"):
             misuse(0)
     pool.allocate()
@@ -197,7 +208,9 @@ def test_tree_keeps_exactly_what_has_a_reason(operations: list[tuple[int, int]])
 
 
 @SETTINGS
-@given(st.sampled_from(["full", "sliding_window", "recurrent"]), st.integers(1, 14), st.lists(st.booleans(), max_size=12))
+@given(
+    st.sampled_from(["full", "sliding_window", "recurrent"]), st.integers(1, 14), st.lists(st.booleans(), max_size=12)
+)
 def test_longest_hit_is_the_longest_prefix_with_all_that_it_needs(kind: str, window: int, has: list[bool]) -> None:
     """Against the definition, position by position: the next query, at n, sees n - window + 1 .. n.
 
@@ -215,3 +228,28 @@ def test_longest_hit_is_the_longest_prefix_with_all_that_it_needs(kind: str, win
 
     for limit in range(len(has) + 1):
         assert group.longest_hit(has, limit) == max(n for n in range(limit + 1) if can_continue(n))
+
+
+@SETTINGS
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=12), st.integers(1, 14))
+def test_a_hit_suits_every_group(has: list[tuple[bool, bool, bool]], window: int) -> None:
+    """The longest length on which all groups agree; what one shortens, another must be asked again. Mutation: ask each once."""
+    kinds = ("full", "sliding_window", "recurrent")
+    specs = tuple(KVGroupSpec(kind, kind, (0,), (), window) for kind in kinds)
+    manager = KVManager(KVGeometry(specs, 4, (8,) * 3, (8,) * 3, "test", "f"))
+    path: list[Node] = []
+    for present in has:
+        node = Node(b"", path[-1] if path else None, 3)
+        node.blocks = [7 if is_here else None for is_here in present]
+        path.append(node)
+
+    def suits(num_blocks: int) -> bool:
+        n = num_blocks * 4
+        seen = {position // 4 for position in range(max(0, n - window + 1), n)}
+        return (
+            all(full for full, _, _ in has[:num_blocks])
+            and all(has[i][1] for i in seen)
+            and (n == 0 or has[num_blocks - 1][2])
+        )
+
+    assert manager._longest_hit(path) == max(n for n in range(len(has) + 1) if suits(n))

@@ -49,7 +49,11 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data(), tail=st.lists(TOKENS, min_size=1, max_size=6))
     def rewind(self, data, tail) -> None:
         run = data.draw(st.sampled_from(self.bench.runs))
-        if run.must_wait or any(row[0] is run for row in self.bench.plan) or any(run in pair for pair in self.bench.forks):
+        if (
+            run.must_wait
+            or any(row[0] is run for row in self.bench.plan)
+            or any(run in pair for pair in self.bench.forks)
+        ):
             return
         num_tokens = data.draw(st.integers(0, run.num_computed))
         is_full_only = all(group.kind == "full" for group in self.bench.geometry.groups)

@@ -1,5 +1,10 @@
 """Long random lives over a device that holds contents, weighted so that everything happens often, and counted to prove it.
 
+Mutations of xllm_core/kv that this file was seen to catch, each alone: a shared tail written without a copy; a copy queued
+without its table write; fork that leaves the capacity; withdraw that leaves the tree's entry; `fits` that counts the hit's own
+blocks as room, for admit and for load; device blocks between hit and target of a load not held; what was on the way published
+after a reset; blocks freed at the abort of a load; a window one position short; `can_rewind` always true; a rewound state not
+written to the slot; no lease for a save or a load. Rules that only change what is cached have tests of their own in test_rules.py.
 """
 
 from __future__ import annotations
@@ -51,7 +56,9 @@ class Life:
 
     def prompt(self) -> list[int]:
         past = self.random.choice(self.past)
-        return past[: self.random.randint(1, len(past))] + [self.random.randrange(3) for _ in range(self.random.randint(0, 5))]
+        return past[: self.random.randint(1, len(past))] + [
+            self.random.randrange(3) for _ in range(self.random.randint(0, 5))
+        ]
 
     def admit(self) -> None:
         if len(self.bench.runs) < 6:
@@ -138,7 +145,11 @@ def live(make_bench, num_examples: int) -> Counter:
     seen: Counter = Counter()
 
     @settings(
-        max_examples=num_examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=num_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(st.integers(0, 2**32))
     def one(seed: int) -> None:
@@ -169,7 +180,16 @@ def test_contents_and_counts_hold_in_any_order_of_events(new_bench, shape: str, 
 def test_contents_and_counts_hold_with_a_store(new_bench, shape: str, store_bytes: int) -> None:
     """The same with saves at each release, loads that arrive late, fail, or find nobody waiting any more."""
     seen = live(lambda: new_bench(shape, 18, store_bytes), 22)
-    expected = {"load", "place", "aborted_loads", "store_tokens", "store_saves", "store_failures", "loaded_blocks", "hits"}
+    expected = {
+        "load",
+        "place",
+        "aborted_loads",
+        "store_tokens",
+        "store_saves",
+        "store_failures",
+        "loaded_blocks",
+        "hits",
+    }
     missing = {name for name in expected if seen[name] < 5}
     assert not missing, f"these never or hardly happened, so this test proves little: {missing}; {dict(seen)}"
     assert store_bytes > 800 or seen["evicted_blocks"] > 5, dict(seen)

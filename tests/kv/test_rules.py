@@ -217,7 +217,10 @@ def test_sliding_window_sequences_outgrow_their_pool(new_bench, geometry_of) -> 
             if KVManager(geometry_of(("sliding_window",), n), max_chunk_tokens=chunk).capacity_tokens > 64 * SIZE
         )  # fmt: skip
         assert KVManager(geometry, max_chunk_tokens=chunk).capacity_tokens > 10**9
-        assert KVManager(geometry_of(("sliding_window",), enough - 1), max_chunk_tokens=chunk).capacity_tokens == (enough - 1) * 4
+        assert (
+            KVManager(geometry_of(("sliding_window",), enough - 1), max_chunk_tokens=chunk).capacity_tokens
+            == (enough - 1) * 4
+        )
         for first in range(1, 9):
             bench = new_bench("window", enough)
             run = bench.admit(counted(0, 200), chunk=min(first, chunk))
@@ -267,6 +270,52 @@ def test_the_only_snapshot_becomes_the_working_block(new_bench) -> None:
     bench.step()
     bench.manager.check_integrity()
     assert bench.lookup(counted(0, 12)).num_cached_tokens == 0, "its snapshot is a working state now"
+
+
+def test_a_rewound_state_is_in_the_slot_at_once(new_bench) -> None:
+    """Even if nothing is left to copy when the next step is planned. Mutation: no table write in RecurrentGroup.rewind."""
+    bench = new_bench("full+window+recurrent", 24)
+    run = bench.admit(counted(0, 10), chunk=8)
+    bench.step()
+    assert bench.advance(run, FAR)
+    bench.step()
+    assert bench.rewind(run, 8)
+    bench.manager.reset_prefix_cache()  # the snapshot belongs to this sequence alone now
+    run.tokens += [5, 6, 7]
+    assert bench.advance(run, FAR)
+    bench.step()
+
+
+def test_a_shared_state_needs_a_block_of_its_own(new_bench) -> None:
+    """A fork in a full pool of states is refused when it wants to go on. Mutation: `num_missing` of 0 for a shared state."""
+    bench = new_bench("full+window+recurrent", (16, 16, 1))
+    run = bench.admit(counted(0, 6))
+    bench.step()
+    twin = bench.fork(run)
+    assert not bench.advance(run, 1) and not bench.advance(twin, 1)
+    bench.release(run)
+    assert bench.advance(twin, 1)
+    bench.step()
+
+
+def test_copies_that_must_be_come_before_copies_that_may_be(new_bench) -> None:
+    """Two blocks are left: one to append, one to copy the block that a save reads; the block that only the tree knows is taken
+    back. Mutation: make_room in table order copies that one instead, and runs out."""
+    bench = new_bench("full", 4, 1 << 16)
+    finish(bench, counted(0, 5))
+    bench.run_transfers()
+    bench.manager.reset_prefix_cache()  # block 0 is in the store, not on the device
+    manager, tokens = bench.manager, counted(0, 8)
+    source = manager.admit(manager.lookup(tokens, use_store=False), tokens, 8, 0)
+    twin = manager.fork(source, 1)
+    manager.commit(source, tokens, 8)
+    manager.release(source)
+    manager.check_integrity()
+    assert manager.stats().held_blocks == 0 and sum(manager._groups[0].pool.leases) == 1
+    assert manager.reserve(twin, 9)
+    manager.check_integrity()
+    assert manager.stats().cow_copies == 1
+    bench.close()
 
 
 def test_salts_do_not_meet(new_bench) -> None:

@@ -253,16 +253,17 @@ class KVManager:
         self._lower_capacity(kv)
         return True
 
-    def release(self, kv: SequenceKV) -> None:
+    def release(self, kv: SequenceKV, *, save: bool = True) -> None:
         """The sequence is gone or preempted. Its published blocks stay in the cache; a store is given those that it wants.
 
-        A load in flight goes on to its end, and its blocks are published then.
+        Blocks on their way to the store are held, not available, until `finish_transfer`; save=False gives the store none,
+        and makes all of them available now. A load in flight goes on to its end, and its blocks are published then.
         """
         if kv not in self._live:
             raise IntegrityError(f"a sequence (slot {kv.slot}) is released that is not known, or was released before")
         if self._store is not None:
             self._store.abandon(kv)
-            transfer = self._store.begin_save(kv)
+            transfer = self._store.begin_save(kv) if save else None
             if transfer is not None:
                 self._changes.transfers.append(transfer)
         self._end(kv)
