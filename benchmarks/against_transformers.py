@@ -47,7 +47,10 @@ def run(model: str, num_pairs: int, input_len: int, output_len: int) -> dict[str
         load = Load(num_prompts=count, input_len=input_len, output_len=output_len)
 
         def us(i: int, load: Load = load) -> float:
-            return speed(run_round(ours, Load(load.num_prompts, load.input_len, load.output_len, seed=i), show=False).elapsed_s, load)
+            return speed(
+                run_round(ours, Load(load.num_prompts, load.input_len, load.output_len, seed=i), show=False).elapsed_s,
+                load,
+            )
 
         def them(i: int, load: Load = load) -> float:
             return speed(generate(theirs, load, seed=i), load)
@@ -55,7 +58,11 @@ def run(model: str, num_pairs: int, input_len: int, output_len: int) -> dict[str
         us(-1), them(-1)
         ratio = interleave(us, them, num_pairs)
         figures[name] = as_json(ratio)
-        print(f"{name}: ours {median(ratio.ours):.1f}, transformers {median(ratio.theirs):.1f} new tok/s, ratio {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", flush=True)
+        print(
+            f"{name}: ours {median(ratio.ours):.1f}, transformers {median(ratio.theirs):.1f} new tok/s, "
+            f"ratio {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+            flush=True,
+        )
     figures["read_gb_s_after"] = read_bandwidth_gb_s()
     ours.client.close()
     return figures
@@ -69,13 +76,17 @@ def load_transformers(path: str) -> Any:
 
     directory, name = os.path.split(path)
     config = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=config).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=config
+    ).eval()
 
 
 def generate(model: Any, load: Load, seed: int) -> float:
     """Seconds of one static batch."""
     chance = random.Random(seed)
-    ids = torch.tensor([[chance.randrange(model.config.vocab_size) for _ in range(load.input_len)] for _ in range(load.num_prompts)])
+    ids = torch.tensor(
+        [[chance.randrange(model.config.vocab_size) for _ in range(load.input_len)] for _ in range(load.num_prompts)]
+    )
     count = load.output_len
     started_s = time.perf_counter()
     with torch.inference_mode():

@@ -2,8 +2,8 @@
 
 Method: the real engine, scheduler, KV manager and model runner with a model of no layers, whose forward costs nothing and whose
 sampler always says 1. N sequences decode together from 128 tokens to 256; a step's bookkeeping is schedule + gather (prepare) + update and emit.
-Reported over the steps in which all N decode: the median, and the mean, which includes the steps where all of them need a new block at once (every 16th
-here, since all prompts are equally long: the worst case). Garbage collection is on.
+Reported over the steps in which all N decode: the median, and the mean, which includes the steps where all of them need a
+new block at once (every 16th here, since all prompts are equally long: the worst case). Garbage collection is on.
 
 Not measured: tokenising, detokenising, HTTP, the forward, logits to token.
 
@@ -88,9 +88,16 @@ def measure(num_sequences: int, *, input_len: int = 128, output_len: int = 128) 
     while engine.has_work:
         engine.step()
     records = [r for r in engine.step_log.records if r.num_rows == r.num_tokens == num_sequences]
-    parts_ms = {part: _median([getattr(r, f"{part}_s") * 1e3 for r in records]) for part in ("schedule", "prepare", "emit")}
+    parts_ms = {
+        part: _median([getattr(r, f"{part}_s") * 1e3 for r in records]) for part in ("schedule", "prepare", "emit")
+    }
     totals = [(r.schedule_s + r.prepare_s + r.emit_s) * 1e3 for r in records]
-    return {**parts_ms, "median": _median(totals), "mean": round(sum(totals) / len(totals), 4), "num_steps": len(records)}
+    return {
+        **parts_ms,
+        "median": _median(totals),
+        "mean": round(sum(totals) / len(totals), 4),
+        "num_steps": len(records),
+    }
 
 
 def _median(values: list[float]) -> float:

@@ -36,15 +36,31 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
     start, host, pairs = figures["start_up"], figures["host"], figures["transformers"]
     before, after = pairs["conditions"]["read_gb_s"], pairs["read_gb_s_after"]
     lines = [
-        _line("import xllm_core over bare Python", start["import_over_bare_ms"], "ms", start["import_over_bare_ms"] < 50, "< 50"),
+        _line(
+            "import xllm_core over bare Python",
+            start["import_over_bare_ms"],
+            "ms",
+            start["import_over_bare_ms"] < 50,
+            "< 50",
+        ),
         _line("xllm --help", start["help_ms"], "ms", start["help_ms"] < 300, "< 300"),
-        _line("host bookkeeping, 32 running, median step", host["32"]["median"], "ms", host["32"]["median"] < 0.3, "< 0.3"),
-        _line("host bookkeeping, 1,024 running, median step", host["1024"]["median"], "ms", host["1024"]["median"] < 3, "< 3"),
+        _line(
+            "host bookkeeping, 32 running, median step", host["32"]["median"], "ms", host["32"]["median"] < 0.3, "< 0.3"
+        ),
+        _line(
+            "host bookkeeping, 1,024 running, median step",
+            host["1024"]["median"],
+            "ms",
+            host["1024"]["median"] < 3,
+            "< 3",
+        ),
     ]
     for name in ("single stream", "32 requests"):
         low, high = pairs[name]["interval"]
         figure = f"{pairs[name]['ratio']} [{low}, {high}]"
-        lines.append(_line(f"{name}, ours / transformers, bfloat16", figure, "", low >= 1.0, "interval's lower end >= 1.0"))
+        lines.append(
+            _line(f"{name}, ours / transformers, bfloat16", figure, "", low >= 1.0, "interval's lower end >= 1.0")
+        )
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
 

@@ -53,7 +53,9 @@ def run_round(processor: Processor, load: Load, *, name: str = "round", show: bo
         engine.submit(EngineRequest(f"{name}-{i}", prompt, params, seed=load.seed + i))
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    with tqdm(total=load.num_prompts * load.output_len, desc=name, unit="tok", disable=None if show is None else not show) as bar:
+    with tqdm(
+        total=load.num_prompts * load.output_len, desc=name, unit="tok", disable=None if show is None else not show
+    ) as bar:
         while len(last) < load.num_prompts:
             outputs = engine.poll()
             now_s = time.perf_counter() - started_s
@@ -123,8 +125,12 @@ def commit() -> str:
     here = Path(__file__).parent
     if not (here.parent / ".git").exists():
         return ""
-    run = lambda *args: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=False).stdout.strip()  # noqa: E731
-    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    return _git(here, "rev-parse", "--short", "HEAD") + ("+" if _git(here, "status", "--porcelain", "-uno") else "")
+
+
+def _git(where: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(where), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _ms(values: Sequence[float], q: float) -> float:

@@ -202,6 +202,15 @@ class StepResult:
 
 
 @dataclass(slots=True)
+class StepTimes:
+    """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens."""
+
+    prepare_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Logprob:
     """One candidate token of a position, as users see it."""
 

@@ -30,14 +30,26 @@ def add_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": TEMPLATE,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama with a tokenizer of bytes and a chat template."""
-    path = make_tiny("llama", tmp_path_factory.mktemp("models") / "tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
+    path = make_tiny(
+        "llama",
+        tmp_path_factory.mktemp("models") / "tiny",
+        vocab_size=VOCAB,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=512,
+    )
     add_tokenizer(path)
     return str(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -20,7 +21,9 @@ def engine(tiny_model: str) -> Iterator[AsyncEngine]:
         yield it
 
 
-async def collect(engine: AsyncEngine, prompt: str, params: SamplingParams = PARAMS, **options: str) -> list[RequestOutput]:
+async def collect(
+    engine: AsyncEngine, prompt: str, params: SamplingParams = PARAMS, **options: str
+) -> list[RequestOutput]:
     return [output async for output in engine.generate(prompt, params, **options)]
 
 
@@ -47,7 +50,7 @@ def test_streams_grow_and_equal_offline(engine: AsyncEngine, tiny_model: str) ->
         offline = llm.generate([f"prompt {i}" for i in range(5)], PARAMS)
     for items, whole in zip(streams, offline, strict=True):
         texts = [item.outputs[0].text for item in items]
-        assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+        assert all(b.startswith(a) for a, b in pairwise(texts))
         counts = [len(item.outputs[0].token_ids) for item in items]
         assert counts == sorted(counts)
         assert len(set(counts)) > 20
@@ -68,7 +71,9 @@ def test_leaving_a_stream_frees_its_blocks(engine: AsyncEngine) -> None:
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        aborted = asyncio.create_task(collect(engine, "aborted", SamplingParams(max_tokens=200, ignore_eos=True), request_id="mine"))
+        aborted = asyncio.create_task(
+            collect(engine, "aborted", SamplingParams(max_tokens=200, ignore_eos=True), request_id="mine")
+        )
         await asyncio.sleep(0.05)
         await engine.abort("mine")
         last = (await aborted)[-1]

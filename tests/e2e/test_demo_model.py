@@ -46,7 +46,9 @@ def oracle(llm: LLM, dtype: str) -> Any:
 
     directory, name = os.path.split(llm.info.model)
     config = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=getattr(torch, dtype), quantization_config=config).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, gguf_file=name, dtype=getattr(torch, dtype), quantization_config=config
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +70,16 @@ def assert_is_argmax(oracle: Any, prompt: list[int], said: list[int], dtype: str
         if margin > 0:
             ties += 1
             print(f"near tie: prompt of {len(prompt)} tokens, token {i}: {token} lies {margin:.2g} below the argmax")
-        assert margin <= MARGINS[dtype], f"prompt {prompt[:8]}..., token {i}: {token} lies {margin:.3g} below the argmax"
+        assert margin <= MARGINS[dtype], (
+            f"prompt {prompt[:8]}..., token {i}: {token} lies {margin:.3g} below the argmax"
+        )
     return len(said), ties
 
 
 @pytest.mark.parametrize("is_together", [True, False], ids=["together", "alone"])
-def test_greedy_tokens_are_the_argmax_of_transformers(llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str, is_together: bool) -> None:
+def test_greedy_tokens_are_the_argmax_of_transformers(
+    llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str, is_together: bool
+) -> None:
     """20 prompts, 64 new tokens. Red if RoPE, the unpermuted q and k, the tied head, or one chunk border is wrong."""
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     if is_together:
@@ -87,12 +93,16 @@ def test_greedy_tokens_are_the_argmax_of_transformers(llm: LLM, oracle: Any, pro
         counted, tied = assert_is_argmax(oracle, prompt, answer.outputs[0].token_ids, dtype)
         total, ties = total + counted, ties + tied
     assert total == 20 * NEW_TOKENS
-    assert ties <= total // (100 if dtype == "float32" else 10), f"{ties} near ties in {total} tokens are too many to be chance"
+    assert ties <= total // (100 if dtype == "float32" else 10), (
+        f"{ties} near ties in {total} tokens are too many to be chance"
+    )
 
 
 def test_it_speaks_english(llm: LLM) -> None:
     """Real words, not only equal numbers."""
-    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20))[0]
+    answer = llm.chat(
+        [{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=20)
+    )[0]
     assert "Paris" in answer.outputs[0].text
     assert answer.outputs[0].finish_reason == "stop"
 
@@ -100,14 +110,18 @@ def test_it_speaks_english(llm: LLM) -> None:
 def test_quick_matrix(demo_model: str, dtype: str) -> None:
     """`xllm verify --quick` on real weights."""
     report = Verifier(demo_model, dtype=dtype, scale=QUICK, num_blocks=256).run()
-    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+    assert report.has_passed, [
+        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
+    ]
 
 
 @pytest.mark.nightly
 def test_full_matrix(demo_model: str, dtype: str) -> None:
     """`xllm verify`: 16 prompts of 1 to 600 tokens, 64 new, greedy and seeded."""
     report = Verifier(demo_model, dtype=dtype, num_blocks=4096).run(on_row=print)
-    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+    assert report.has_passed, [
+        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
+    ]
 
 
 def test_rendered_chats_equal_transformers(llm: LLM) -> None:
@@ -118,7 +132,7 @@ def test_rendered_chats_equal_transformers(llm: LLM) -> None:
     theirs = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     chats: list[list[dict[str, str]]] = [
         [{"role": "user", "content": "Hello"}],
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好 <b>& \"quotes\"</b>\n\n"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": '你好 <b>& "quotes"</b>\n\n'}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
     ]
     assert llm.processor.template is not None
@@ -129,12 +143,21 @@ def test_rendered_chats_equal_transformers(llm: LLM) -> None:
 
 
 def run_xllm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "xllm_core.cli", *arguments], capture_output=True, text=True, timeout=240, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "xllm_core.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
+    )
 
 
 def test_chat_command_streams_an_answer_and_one_line_of_figures(demo_model: str) -> None:
     """What `make demo` runs."""
-    done = run_xllm("chat", demo_model, "-m", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20")
+    done = run_xllm(
+        "chat", demo_model, "-m", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "The capital of France is Paris."
     lines = done.stderr.strip().splitlines()
@@ -146,7 +169,22 @@ def test_bench_ends_with_one_json_line(demo_model: str) -> None:
     """Every promised key, with figures above zero."""
     import json
 
-    done = run_xllm("bench", "throughput", demo_model, "--dtype", "bfloat16", "--num-prompts", "2", "--input-len", "8", "--output-len", "4", "--rounds", "1", "--json")
+    done = run_xllm(
+        "bench",
+        "throughput",
+        demo_model,
+        "--dtype",
+        "bfloat16",
+        "--num-prompts",
+        "2",
+        "--input-len",
+        "8",
+        "--output-len",
+        "4",
+        "--rounds",
+        "1",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert figures["output_tokens_per_s"] > 0

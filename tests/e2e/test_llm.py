@@ -9,7 +9,13 @@ import torch
 
 from tests.fixtures.tiny_models import load_oracle
 from xllm_core import LLM, SamplingParams
-from xllm_core.errors import ConfigError, InvalidRequestError, ModelNotFoundError, PromptTooLongError, RequestTooLargeError
+from xllm_core.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    RequestTooLargeError,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -27,7 +33,9 @@ def test_greedy_equals_transformers(llm: LLM, tiny_model: str) -> None:
     want = []
     for prompt in prompts:
         with torch.inference_mode():
-            out = oracle.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+            out = oracle.generate(
+                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
         want.append(out[0, len(prompt) :].tolist())
     together = [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)]
     alone = [llm.generate(p, GREEDY)[0].outputs[0].token_ids for p in prompts]
@@ -63,7 +71,10 @@ def test_prompt_logprobs_survive_chunks_and_cache(tiny_model: str) -> None:
     """Every position is reported once, in order, whatever the chunks. Red if the prefix cache is read, or a chunk's border is lost."""
     prompt = list(range(20, 70))
     params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0, ignore_eos=True)
-    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24) as whole, LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_chunk_tokens=7) as cut:
+    with (
+        LLM(tiny_model, dtype="float32", memory_bytes=1 << 24) as whole,
+        LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_chunk_tokens=7) as cut,
+    ):
         one = whole.generate([prompt], params)[0].prompt_logprobs
         again = whole.generate([prompt], params)[0].prompt_logprobs
         two = cut.generate([prompt], params)[0].prompt_logprobs
@@ -90,7 +101,9 @@ def test_prompt_in_any_form(llm: LLM) -> None:
 
 def test_text_is_the_tokens_text(llm: LLM) -> None:
     """The pieces add up to what the tokenizer makes of all tokens."""
-    out = llm.generate("hello", SamplingParams(temperature=1.0, seed=3, max_tokens=60, ignore_eos=True, skip_special_tokens=False))[0].outputs[0]
+    out = llm.generate(
+        "hello", SamplingParams(temperature=1.0, seed=3, max_tokens=60, ignore_eos=True, skip_special_tokens=False)
+    )[0].outputs[0]
     assert out.text == llm.get_tokenizer().decode(out.token_ids, skip_special_tokens=False)
     assert out.finish_reason == "length"
 
@@ -107,7 +120,9 @@ def test_n_gives_distinct_seeded_answers_that_repeat(llm: LLM) -> None:
 
 def test_resume_from_emitted_tokens(llm: LLM) -> None:
     """Prompt plus tokens already said continues exactly there: penalties, seed, limit. Red if the emitted tokens count as prompt."""
-    params = SamplingParams(temperature=1.0, seed=5, max_tokens=20, ignore_eos=True, frequency_penalty=1.0, repetition_penalty=1.2)
+    params = SamplingParams(
+        temperature=1.0, seed=5, max_tokens=20, ignore_eos=True, frequency_penalty=1.0, repetition_penalty=1.2
+    )
     whole = llm.generate("resume", params)[0].outputs[0]
     cut = llm.generate({"prompt": "resume", "emitted_token_ids": whole.token_ids[:9]}, params)[0].outputs[0]
     assert cut.token_ids == whole.token_ids
@@ -119,25 +134,36 @@ def test_stops(llm: LLM) -> None:
     """A stop string cuts the text and ends the sequence; a stop token ends it and stays among the ids; min_tokens holds both back."""
     free = llm.generate("stops", SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True))[0].outputs[0]
     stop = next(free.text[i : i + 2] for i in range(6, len(free.text) - 2) if free.text.find(free.text[i : i + 2]) == i)
-    cut = llm.generate("stops", SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, stop=stop))[0].outputs[0]
+    cut = llm.generate("stops", SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, stop=stop))[
+        0
+    ].outputs[0]
     assert cut.text == free.text[: free.text.find(stop)]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
     token = free.token_ids[4]
     at = free.token_ids.index(token)
-    ended = llm.generate("stops", SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, stop_token_ids=[token]))[0].outputs[0]
+    ended = llm.generate(
+        "stops", SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, stop_token_ids=[token])
+    )[0].outputs[0]
     assert ended.token_ids == free.token_ids[: at + 1]
     assert (ended.finish_reason, ended.stop_reason) == ("stop", token)
-    held = llm.generate("stops", SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, stop_token_ids=[token], min_tokens=30))[0].outputs[0]
+    held = llm.generate(
+        "stops",
+        SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, stop_token_ids=[token], min_tokens=30),
+    )[0].outputs[0]
     assert len(held.token_ids) >= 30
     assert token not in held.token_ids[:30]
 
 
 def test_allowed_tokens_and_bias(llm: LLM) -> None:
     """Only what is allowed comes out; a bias of 100 wins."""
-    allowed = llm.generate("x", SamplingParams(temperature=1.0, max_tokens=20, allowed_token_ids=[10, 11, 12], ignore_eos=True))[0].outputs[0]
+    allowed = llm.generate(
+        "x", SamplingParams(temperature=1.0, max_tokens=20, allowed_token_ids=[10, 11, 12], ignore_eos=True)
+    )[0].outputs[0]
     assert set(allowed.token_ids) <= {10, 11, 12}
-    biased = llm.generate("x", SamplingParams(temperature=0, max_tokens=5, logit_bias={42: 100.0}, ignore_eos=True))[0].outputs[0]
+    biased = llm.generate("x", SamplingParams(temperature=0, max_tokens=5, logit_bias={42: 100.0}, ignore_eos=True))[
+        0
+    ].outputs[0]
     assert biased.token_ids == [42] * 5
 
 
@@ -179,7 +205,9 @@ def test_prefix_is_cached(llm: LLM) -> None:
         ({"prompt": "a", "emitted_token_ids": [[1], [2]]}, GREEDY, InvalidRequestError, "2 sequences for n = 1"),
     ],
 )
-def test_bad_requests_are_refused_and_disturb_nobody(llm: LLM, prompt: object, params: SamplingParams, error: type[Exception], words: str) -> None:
+def test_bad_requests_are_refused_and_disturb_nobody(
+    llm: LLM, prompt: object, params: SamplingParams, error: type[Exception], words: str
+) -> None:
     """A message with what, which number and what to do; the engine is empty afterwards and answers the next request as before."""
     before = llm.generate("canary", GREEDY)[0].outputs[0].token_ids
     with pytest.raises(error, match=words):
@@ -198,7 +226,9 @@ def test_one_bad_prompt_refuses_the_call_and_frees_its_neighbours(llm: LLM) -> N
 def test_a_request_too_large_for_the_pool_is_refused_with_both_numbers(tiny_model: str) -> None:
     """It could never run, so it must not wait."""
     with LLM(tiny_model, num_blocks=4, block_size=16) as llm:
-        with pytest.raises(RequestTooLargeError, match=r"prompt 60 \+ max_tokens 30 exceeds the KV pool of 64.*lower max_tokens to 5"):
+        with pytest.raises(
+            RequestTooLargeError, match=r"prompt 60 \+ max_tokens 30 exceeds the KV pool of 64.*lower max_tokens to 5"
+        ):
             llm.generate([[3] * 60], SamplingParams(max_tokens=30))
         assert len(llm.generate([[3] * 60], SamplingParams(max_tokens=5, ignore_eos=True))[0].outputs[0].token_ids) == 5
 
@@ -207,5 +237,5 @@ def test_unknown_models_say_what_was_tried() -> None:
     """A message, not a traceback of a library."""
     with pytest.raises(ModelNotFoundError, match="/no/such/model"):
         LLM("/no/such/model")
-    with pytest.raises(ConfigError, match="max_num_seq.*did you mean 'max_num_seqs'"):
+    with pytest.raises(ConfigError, match=r"max_num_seq.*did you mean 'max_num_seqs'"):
         LLM("/no/such/model", max_num_seq=3)

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xllm_core.engine.engine import Engine
-from xllm_core.engine.executor import InProcessExecutor
-from xllm_core.engine.policy import Fcfs
-from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from xllm_core.kv.host_store import HostStore
-from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVTensorSpec
 from xllm_core.testing.fakes import ChecksumWorker
 from xllm_core.types import EngineRequest, SamplingParams
@@ -36,7 +32,9 @@ class Rig:
     worker: ChecksumWorker
     store: HostStore | None
 
-    def run(self, requests: Sequence[EngineRequest], *, on_step: Callable[[int], None] | None = None, max_steps: int = 5000) -> dict[Any, Any]:
+    def run(
+        self, requests: Sequence[EngineRequest], *, on_step: Callable[[int], None] | None = None, max_steps: int = 5000
+    ) -> dict[Any, Any]:
         """Tokens and reasons by (request id, index); integrity is checked after every step."""
         tokens: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
@@ -65,6 +63,8 @@ class Rig:
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 8, **fields: Any) -> EngineRequest:
     """Greedy unless `temperature` says otherwise; fields of EngineRequest and of SamplingParams, told apart by name."""
-    of_request = {k: fields.pop(k) for k in ("emitted", "priority", "salt", "eos_token_ids", "arrival_s") if k in fields}
+    of_request = {
+        k: fields.pop(k) for k in ("emitted", "priority", "salt", "eos_token_ids", "arrival_s") if k in fields
+    }
     params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, **fields})
     return EngineRequest(name, tuple(prompt), params, seed=7, **of_request)

@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tests.engine.rig import VOCAB, Rig, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.engine.rig import VOCAB, Rig, request
 from xllm_core.engine.policy import Fcfs, Priority
 from xllm_core.testing.fakes import expected_tokens
 from xllm_core.types import EngineRequest
@@ -42,7 +42,14 @@ def workload(chance: random.Random, count: int) -> list[EngineRequest]:
     window=st.sampled_from((None, 9)), has_store=st.booleans(), policy=st.sampled_from((Fcfs, Priority)),
 )  # fmt: skip
 def test_every_sequence_gets_its_own_tokens(
-    make_rig: MakeRig, seed: int, blocks: int, chunk: int, depth: int, window: int | None, has_store: bool, policy: type[Fcfs]
+    make_rig: MakeRig,
+    seed: int,
+    blocks: int,
+    chunk: int,
+    depth: int,
+    window: int | None,
+    has_store: bool,
+    policy: type[Fcfs],
 ) -> None:
     """Whatever is switched on, outputs equal what the prefix alone determines, everybody finishes and nothing stays held.
 
@@ -56,7 +63,10 @@ def test_every_sequence_gets_its_own_tokens(
         limit = r.params.max_tokens
         assert limit is not None
         for index in range(r.params.n):
-            assert got[r.request_id, index] == expected_tokens(r, index, vocab_size=VOCAB, max_new=limit), (r.request_id, index)
+            assert got[r.request_id, index] == expected_tokens(r, index, vocab_size=VOCAB, max_new=limit), (
+                r.request_id,
+                index,
+            )
     rig.assert_nothing_is_held()
 
 
@@ -83,7 +93,13 @@ def test_a_thousand_aborts_leak_nothing(make_rig: MakeRig, depth: int) -> None:
     while cut < 1000:
         while len(engine.scheduler.live_sequences()) < 12:
             for r in workload(chance, 3):
-                named = request(f"s{serial}", r.prompt_token_ids, r.params.max_tokens or 1, n=r.params.n, temperature=r.params.temperature)
+                named = request(
+                    f"s{serial}",
+                    r.prompt_token_ids,
+                    r.params.max_tokens or 1,
+                    n=r.params.n,
+                    temperature=r.params.temperature,
+                )
                 serial += 1
                 engine.submit(named)
                 survivors[named.request_id] = named

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,5 +55,5 @@ def test_included_stop_stays_in_the_text() -> None:
 def test_pieces_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> None:
     """Any cutting of the text stops at the same place. Red under "the stop that begins first wins"."""
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     assert play(pieces, stops) == play([text], stops)

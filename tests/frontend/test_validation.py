@@ -57,4 +57,8 @@ def test_conflicts_name_both_sides() -> None:
         check_params(SamplingParams(min_tokens=9, max_tokens=8), vocab_size=100)
     with pytest.raises(InvalidRequestError, match="allowed_token_ids permits nothing else"):
         check_params(SamplingParams(min_tokens=1, allowed_token_ids=[7]), vocab_size=100, eos_token_ids=frozenset({7}))
-    check_params(SamplingParams(min_tokens=1, allowed_token_ids=[7], ignore_eos=True), vocab_size=100, eos_token_ids=frozenset({7}))
+    check_params(
+        SamplingParams(min_tokens=1, allowed_token_ids=[7], ignore_eos=True),
+        vocab_size=100,
+        eos_token_ids=frozenset({7}),
+    )

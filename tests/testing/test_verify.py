@@ -26,7 +26,11 @@ SMALL = Scale((1, 17, 33, 70), 12)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Large enough a context for the full matrix, and a spread of logits that makes near ties rare."""
-    return str(make_tiny("llama", tmp_path_factory.mktemp("verify") / "tiny", max_position_embeddings=1024, initializer_range=0.5))
+    return str(
+        make_tiny(
+            "llama", tmp_path_factory.mktemp("verify") / "tiny", max_position_embeddings=1024, initializer_range=0.5
+        )
+    )
 
 
 @pytest.mark.slow
@@ -35,7 +39,9 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
     """16 prompts of 1 to 600 tokens, 64 new, greedy and seeded: every row identical and active."""
     report = Verifier(model, dtype=dtype, scale=FULL, memory_bytes=1 << 26).run()
     assert [row.feature for row in report.rows] == list(ROWS)
-    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+    assert report.has_passed, [
+        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
+    ]
     assert all(row.activity > 0 and row.num_tokens > 0 for row in report.rows)
 
 

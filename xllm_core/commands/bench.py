@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from xllm_core.config import click_options, settings_from_flags
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 @click.group("bench")
@@ -19,18 +22,30 @@ def command() -> None:
     """
 
 
-def _load_options(num_prompts: int) -> Any:
+def _load_options(num_prompts: int) -> Callable[[_Command], _Command]:
     options = (
-        click.option("--num-prompts", type=click.IntRange(1), default=num_prompts, show_default=True, help="Requests per round."),
-        click.option("--input-len", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens of each request."),
-        click.option("--output-len", type=click.IntRange(1), default=128, show_default=True, help="New tokens of each request."),
+        click.option(
+            "--num-prompts", type=click.IntRange(1), default=num_prompts, show_default=True, help="Requests per round."
+        ),
+        click.option(
+            "--input-len", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens of each request."
+        ),
+        click.option(
+            "--output-len", type=click.IntRange(1), default=128, show_default=True, help="New tokens of each request."
+        ),
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Measured rounds, after one to warm up."),
+        click.option(
+            "--rounds",
+            type=click.IntRange(1),
+            default=3,
+            show_default=True,
+            help="Measured rounds, after one to warm up.",
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts."),
         click.option("--json", "is_json", is_flag=True, help="Only the JSON line."),
     )
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: _Command) -> _Command:
         for option in reversed(options):
             function = option(function)
         return function
@@ -66,8 +81,13 @@ def _measure(model: str, flags: dict[str, Any]) -> None:
     flags["max_num_seqs"] = flags.get("max_num_seqs") or max(load.num_prompts, 1)
     processor = start_in_process(model, settings=settings_from_flags(flags, path=model))
     show = False if is_json else None
-    run_round(processor, replace(load, output_len=min(4, load.output_len), seed=load.seed - 1), name="warm-up", show=show)
-    results = [run_round(processor, replace(load, seed=load.seed + i * 1000), name=f"round {i + 1}", show=show) for i in range(rounds)]
+    run_round(
+        processor, replace(load, output_len=min(4, load.output_len), seed=load.seed - 1), name="warm-up", show=show
+    )
+    results = [
+        run_round(processor, replace(load, seed=load.seed + i * 1000), name=f"round {i + 1}", show=show)
+        for i in range(rounds)
+    ]
     figures = report(processor, load, results)
     processor.client.close()
     if not is_json:
@@ -78,8 +98,12 @@ def _measure(model: str, flags: dict[str, Any]) -> None:
 def _print(figures: dict[str, Any]) -> None:
     load, steps = figures["load"], figures["step_ms"]
     click.echo(f"{figures['model']} on {figures['device']}, {figures['dtype']}")
-    click.echo(f"{load['num_prompts']} requests of {load['input_len']} + {load['output_len']} tokens, {len(figures['elapsed_s'])} rounds")
-    click.echo(f"  output tokens/s  {figures['output_tokens_per_s']:>10}   (with prompts {figures['total_tokens_per_s']})")
+    click.echo(
+        f"{load['num_prompts']} requests of {load['input_len']} + {load['output_len']} tokens, {len(figures['elapsed_s'])} rounds"
+    )
+    click.echo(
+        f"  output tokens/s  {figures['output_tokens_per_s']:>10}   (with prompts {figures['total_tokens_per_s']})"
+    )
     click.echo(f"  first token ms   {figures['ttft_ms']['p50']:>10} p50 {figures['ttft_ms']['p99']:>10} p99")
     click.echo(f"  per token ms     {figures['tpot_ms']['p50']:>10} p50 {figures['tpot_ms']['p99']:>10} p99")
     click.echo("  step ms          " + ", ".join(f"{part} {value}" for part, value in steps.items()))

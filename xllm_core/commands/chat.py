@@ -19,7 +19,9 @@ _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops 
 @click.argument("model")
 @click.option("--message", "-m", default=None, help="Ask this one thing and end; `-` reads standard input.")
 @click.option("--system", default=None, help="System prompt.")
-@click.option("--stats/--no-stats", "has_stats", default=True, show_default=True, help="Figures on stderr after each answer.")
+@click.option(
+    "--stats/--no-stats", "has_stats", default=True, show_default=True, help="Figures on stderr after each answer."
+)
 @sampling_options
 @click_options("model", "device", "scheduler", "kv", "log")
 def command(model: str, message: str | None, system: str | None, has_stats: bool, **flags: Any) -> None:
@@ -33,14 +35,24 @@ def command(model: str, message: str | None, system: str | None, has_stats: bool
 
     max_tokens = flags.pop("max_tokens")
     with LLM(model, settings=settings_from_flags(flags, path=model)) as llm:
-        default = replace(llm.get_default_sampling_params(), max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+        default = replace(
+            llm.get_default_sampling_params(), max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        )
         params = sampling_params(flags, default)
         start = [{"role": "system", "content": system}] if system is not None else []
         if message is not None:
-            _answer(llm, [*start, {"role": "user", "content": sys.stdin.read() if message == "-" else message}], params, has_stats)
+            _answer(
+                llm,
+                [*start, {"role": "user", "content": sys.stdin.read() if message == "-" else message}],
+                params,
+                has_stats,
+            )
             return
         info = llm.info
-        click.echo(f"{info.architecture} on {info.device}, {info.dtype}, context {info.max_model_len} tokens. {_HELP}", err=True)
+        click.echo(
+            f"{info.architecture} on {info.device}, {info.dtype}, context {info.max_model_len} tokens. {_HELP}",
+            err=True,
+        )
         _converse(llm, start, params, has_stats)
 
 

@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import click
@@ -38,7 +37,9 @@ def command(is_json: bool) -> None:
         colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         width = max(len(finding.subject) for finding in findings)
         for finding in findings:
-            click.echo(f"{click.style(f'{finding.state:<4}', fg=colours[finding.state])}  {finding.subject:<{width}}  {finding.detail}")
+            click.echo(
+                f"{click.style(f'{finding.state:<4}', fg=colours[finding.state])}  {finding.subject:<{width}}  {finding.detail}"
+            )
             if finding.remedy:
                 click.echo(f"      {'':<{width}}  -> {finding.remedy}")
     if any(finding.state == "fail" for finding in findings):
@@ -47,14 +48,21 @@ def command(is_json: bool) -> None:
 
 def _python() -> Iterator[Finding]:
     is_new = sys.version_info >= (3, 11)
-    yield Finding("ok" if is_new else "fail", "python", platform.python_version(), "" if is_new else "install Python 3.11 or newer")
+    yield Finding(
+        "ok" if is_new else "fail",
+        "python",
+        platform.python_version(),
+        "" if is_new else "install Python 3.11 or newer",
+    )
 
 
 def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding("fail", "torch", f"cannot be imported: {error}", "install torch for your device, e.g. pip install torch")
+        yield Finding(
+            "fail", "torch", f"cannot be imported: {error}", "install torch for your device, e.g. pip install torch"
+        )
         return
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
@@ -84,13 +92,18 @@ def _devices() -> Iterator[Finding]:
         facts, memory = device.facts(), device.memory()
         detail = f"{facts.name}, {', '.join(facts.dtypes)}, {memory.free_bytes / 2**30:.1f} of {memory.total_bytes / 2**30:.1f} GiB free"
         is_enough = memory.free_bytes >= _MIN_FREE_BYTES
-        yield Finding("ok" if is_enough else "warn", f"device {offer.name}", detail, "" if is_enough else "free some memory, or use a smaller model")
+        yield Finding(
+            "ok" if is_enough else "warn",
+            f"device {offer.name}",
+            detail,
+            "" if is_enough else "free some memory, or use a smaller model",
+        )
 
 
 def _caches() -> Iterator[Finding]:
-    from xllm_core.runtime.formats.cache import cache_dir
+    from xllm_core.runtime.formats.gguf_tokenizer import cache_directory
 
-    path = Path(cache_dir())
+    path = cache_directory()
     parent = next(p for p in (path, *path.parents) if p.exists())
     is_writable = os.access(parent, os.W_OK)
     yield Finding(

@@ -24,7 +24,15 @@ _DEFAULT_MAX_TOKENS = 128
 @click.option("--stats/--no-stats", "has_stats", default=True, show_default=True, help="Figures on stderr afterwards.")
 @sampling_options
 @click_options("model", "device", "scheduler", "kv", "log")
-def command(model: str, prompts: tuple[str, ...], prompts_file: TextIO | None, n: int, is_json: bool, has_stats: bool, **flags: Any) -> None:
+def command(
+    model: str,
+    prompts: tuple[str, ...],
+    prompts_file: TextIO | None,
+    n: int,
+    is_json: bool,
+    has_stats: bool,
+    **flags: Any,
+) -> None:
     """Continue a prompt with MODEL: a directory, a .gguf file, pkg:PACKAGE, or a hub id.
 
     One prompt is streamed as it is made; several run together and come out in order.
@@ -43,7 +51,9 @@ def command(model: str, prompts: tuple[str, ...], prompts_file: TextIO | None, n
     max_tokens = flags.pop("max_tokens")
     llm = LLM(model, settings=settings_from_flags(flags, path=model))
     with llm:
-        default = replace(llm.get_default_sampling_params(), max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+        default = replace(
+            llm.get_default_sampling_params(), max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        )
         params = replace(sampling_params(flags, default), n=n)
         if len(texts) == 1 and n == 1 and not is_json:
             answer = stream_answer(llm.processor, texts[0], params)
@@ -52,7 +62,10 @@ def command(model: str, prompts: tuple[str, ...], prompts_file: TextIO | None, n
             return
         for output in llm.generate(texts, params):
             if is_json:
-                answers = [{"text": o.text, "finish_reason": o.finish_reason, "num_tokens": len(o.token_ids)} for o in output.outputs]
+                answers = [
+                    {"text": o.text, "finish_reason": o.finish_reason, "num_tokens": len(o.token_ids)}
+                    for o in output.outputs
+                ]
                 click.echo(json.dumps({"prompt": output.prompt, "outputs": answers}, ensure_ascii=False))
                 continue
             for choice in output.outputs:

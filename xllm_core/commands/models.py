@@ -22,14 +22,21 @@ def command(model: str | None, is_json: bool, **flags: Any) -> None:
     manager = PluginManager.discover(settings).load()
     if model is None:
         families = [
-            {"name": o.name, "architectures": sorted(o.spec.architectures), "dtypes": sorted(o.spec.dtypes), "distribution": f"{o.distribution} {o.version}"}
+            {
+                "name": o.name,
+                "architectures": sorted(o.spec.architectures),
+                "dtypes": sorted(o.spec.dtypes),
+                "distribution": f"{o.distribution} {o.version}",
+            }
             for o in manager.offers("xllm_models")
         ]
         if is_json:
             click.echo(json.dumps(families))
             return
         for family in families:
-            click.echo(f"{family['name']:<16} {', '.join(family['architectures'])}  ({family['distribution']}; {', '.join(family['dtypes'])})")
+            click.echo(
+                f"{family['name']:<16} {', '.join(family['architectures'])}  ({family['distribution']}; {', '.join(family['dtypes'])})"
+            )
         return
     facts = _facts(settings, manager)
     if is_json:

@@ -18,7 +18,9 @@ _SAMPLING = (
     click.option("--temperature", type=float, default=None, help="0 is greedy; default is the model's own."),
     click.option("--top-p", type=float, default=None, help="Nucleus: smallest set of tokens with this probability."),
     click.option("--top-k", type=int, default=None, help="Only the K likeliest tokens; 0 is off."),
-    click.option("--min-p", type=float, default=None, help="Only tokens at least this likely, relative to the likeliest."),
+    click.option(
+        "--min-p", type=float, default=None, help="Only tokens at least this likely, relative to the likeliest."
+    ),
     click.option("--repetition-penalty", type=float, default=None, help="Above 1 discourages tokens seen before."),
     click.option("--frequency-penalty", type=float, default=None, help="Per occurrence in the output."),
     click.option("--presence-penalty", type=float, default=None, help="Once per token in the output."),

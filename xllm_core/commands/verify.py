@@ -14,7 +14,9 @@ from xllm_core.config import click_options
 
 @click.command("verify")
 @click.argument("model")
-@click.option("--quick", is_flag=True, help="4 prompts of up to 100 tokens and 16 new, instead of 16 of up to 600 and 64 new.")
+@click.option(
+    "--quick", is_flag=True, help="4 prompts of up to 100 tokens and 16 new, instead of 16 of up to 600 and 64 new."
+)
 @click.option("--row", "rows", multiple=True, help="Only this row. Repeatable.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object instead of a table.")
 @click_options("model", "device", "log")

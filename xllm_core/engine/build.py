@@ -123,7 +123,10 @@ def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend)
     most = settings.scheduler.max_num_seqs
     if kv.num_blocks is not None:
         # The number speaks of the group that needs most; the others follow in proportion.
-        counts = tuple(max(_blocks_at_least(g), -(-kv.num_blocks * need // max(needs))) for g, need in zip(groups, needs, strict=True))
+        counts = tuple(
+            max(_blocks_at_least(g), -(-kv.num_blocks * need // max(needs)))
+            for g, need in zip(groups, needs, strict=True)
+        )
     else:
         budget = kv.memory_bytes if kv.memory_bytes is not None else int(device.memory().free_bytes * _MEMORY_SHARE)
         per_sequence = sum(size * need for size, need in zip(sizes, needs, strict=True))
@@ -137,8 +140,12 @@ def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend)
     free = device.memory().free_bytes
     total = sum(size * count for size, count in zip(sizes, counts, strict=True))
     if total > free:
-        raise ConfigError(f"{counts} KV blocks take {total} bytes, {plan.device.name} has {free} free; lower [kv] num_blocks or memory_bytes")
-    text = "|".join((assembly.checkpoint.fingerprint(), plan.dtype, plan.kv_layout, str(plan.block_size), "rank 0 of 1"))
+        raise ConfigError(
+            f"{counts} KV blocks take {total} bytes, {plan.device.name} has {free} free; lower [kv] num_blocks or memory_bytes"
+        )
+    text = "|".join(
+        (assembly.checkpoint.fingerprint(), plan.dtype, plan.kv_layout, str(plan.block_size), "rank 0 of 1")
+    )
     return KVGeometry(groups, plan.block_size, counts, sizes, plan.kv_layout, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -170,5 +177,3 @@ def _set_threads(num_threads: int) -> None:
     import torch
 
     torch.set_num_threads(num_threads)
-
-

@@ -32,7 +32,15 @@ class Engine:
     depth: plans in flight. With 1 a step is whole before the next is scheduled; with 2 the next is scheduled while it runs.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, *, vocab_size: int, step_log: StepLog | None = None, depth: int = 1) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        vocab_size: int,
+        step_log: StepLog | None = None,
+        depth: int = 1,
+    ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.vocab_size = vocab_size
@@ -44,7 +52,9 @@ class Engine:
         """Queue a request; raises RequestError and leaves everything as it was when it cannot be served."""
         prompt = request.prompt_token_ids
         if not prompt:
-            raise InvalidRequestError(f"request {request.request_id!r}: the prompt is empty; give at least one token", param="prompt")
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: the prompt is empty; give at least one token", param="prompt"
+            )
         self._check_ids(request.request_id, "prompt", prompt)
         for tokens in request.emitted:
             self._check_ids(request.request_id, "emitted", tokens)
@@ -97,12 +107,21 @@ class Engine:
         used, total = scheduler.kv.usage()
         self.step_log.add(
             StepRecord(
-                step=step.plan.step, started_s=step.started_s, schedule_s=step.schedule_s, prepare_s=times.prepare_s,
-                forward_s=times.forward_s, sample_s=times.sample_s, emit_s=emit_s, num_rows=len(step.plan.slots),
-                num_tokens=step.plan.num_tokens, num_running=len(scheduler.running),
-                num_waiting=len(scheduler.waiting) + len(scheduler.parked), num_preempted=step.num_preempted,
-                used_blocks=used, total_blocks=total,
-            )  # fmt: skip
+                step=step.plan.step,
+                started_s=step.started_s,
+                schedule_s=step.schedule_s,
+                prepare_s=times.prepare_s,
+                forward_s=times.forward_s,
+                sample_s=times.sample_s,
+                emit_s=emit_s,
+                num_rows=len(step.plan.slots),
+                num_tokens=step.plan.num_tokens,
+                num_running=len(scheduler.running),
+                num_waiting=len(scheduler.waiting) + len(scheduler.parked),
+                num_preempted=step.num_preempted,
+                used_blocks=used,
+                total_blocks=total,
+            )
         )
 
     def _check_ids(self, request_id: str, what: str, token_ids: object) -> None:
@@ -111,5 +130,6 @@ class Engine:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise InvalidRequestError(
-                f"request {request_id!r}: token id {bad} in {what} is outside the vocabulary 0..{self.vocab_size - 1}", param=what
+                f"request {request_id!r}: token id {bad} in {what} is outside the vocabulary 0..{self.vocab_size - 1}",
+                param=what,
             )

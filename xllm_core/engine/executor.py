@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from xllm_core.types import StepPlan, StepResult
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens."""
-
-    prepare_s: float = 0.0
-    forward_s: float = 0.0
-    sample_s: float = 0.0
+from xllm_core.types import StepPlan, StepResult, StepTimes
 
 
 class StepHandle(Protocol):
@@ -36,8 +27,8 @@ class StepWorker(Protocol):
     def execute(self, plan: StepPlan) -> StepHandle:
         """Apply the plan's state changes and run the forward."""
 
-    def sample(self, handle: StepHandle) -> StepResult:
-        """Choose tokens from the handle's logits."""
+    def sample(self, handle: Any) -> StepResult:
+        """Choose tokens from the logits of what `execute` returned; it knows its own kind of handle."""
 
     def close(self) -> None:
         """Give back memory and threads."""

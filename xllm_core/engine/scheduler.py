@@ -101,7 +101,9 @@ class Scheduler:
                 param="max_tokens",
             )
         if prompt + max_tokens - 1 > capacity:
-            raise RequestTooLargeError(request.request_id, prompt_tokens=prompt, max_tokens=max_tokens, capacity_tokens=capacity)
+            raise RequestTooLargeError(
+                request.request_id, prompt_tokens=prompt, max_tokens=max_tokens, capacity_tokens=capacity
+            )
         if params.n > self.limits.max_num_seqs:
             raise InvalidRequestError(
                 f"request {request.request_id!r}: n = {params.n} sequences do not fit [scheduler] max_num_seqs = "
@@ -136,7 +138,9 @@ class Scheduler:
         dropped = [s for s in self._requests.get(request_id, ()) if index is None or s.index == index]
         for sequence in dropped:
             if index is not None and sequence.num_siblings:
-                raise InvalidRequestError(f"sequence {index} of {request_id!r} has not forked yet; abort the request as a whole")
+                raise InvalidRequestError(
+                    f"sequence {index} of {request_id!r} has not forked yet; abort the request as a whole"
+                )
             self._leave(sequence)
             self._forget(sequence)
         if dropped:
@@ -309,7 +313,9 @@ class Scheduler:
                 sequence.kv = None
                 sequence.can_use_store = False
             elif sequence.parked_s is not None and now_s - sequence.parked_s > self.limits.max_store_wait_s:
-                sequence.can_use_store = False  # a store that never answers costs this much, then the prefix is computed
+                sequence.can_use_store = (
+                    False  # a store that never answers costs this much, then the prefix is computed
+                )
                 self.stats.num_store_timeouts += 1
             sequence.status = Status.WAITING
             self.waiting.appendleft(sequence)
@@ -379,7 +385,6 @@ class Scheduler:
     def update(self, result: StepResult) -> list[TokenOutput]:
         """Take the result of the oldest plan in flight: publish blocks, append tokens, end sequences. Returns what is new."""
         flight = self._in_flight.popleft()
-        plan = flight.plan
         for ticket, has_succeeded in result.finished_transfers:
             self.kv.finish_transfer(ticket, has_succeeded)
         for sequence, kv, num_computed in flight.commits:
@@ -395,7 +400,9 @@ class Scheduler:
                 continue
             sequence.num_pending -= 1
             new, reason, stop = self._append(sequence, accepted)
-            outputs.append(TokenOutput(sequence.request.request_id, sequence.index, new, reason, stop, sequence.num_cached))
+            outputs.append(
+                TokenOutput(sequence.request.request_id, sequence.index, new, reason, stop, sequence.num_cached)
+            )
             if reason is not None:
                 self._leave(sequence)
                 self._forget(sequence)
@@ -429,7 +436,13 @@ class Scheduler:
             sequence.num_scored += len(new)
             if new:
                 outputs.append(
-                    TokenOutput(sequence.request.request_id, sequence.index, (), num_cached_tokens=sequence.num_cached, prompt_logprobs=new)
+                    TokenOutput(
+                        sequence.request.request_id,
+                        sequence.index,
+                        (),
+                        num_cached_tokens=sequence.num_cached,
+                        prompt_logprobs=new,
+                    )
                 )
 
     # ---- leaving ------------------------------------------------------------------------------------------------------------

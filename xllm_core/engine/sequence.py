@@ -35,7 +35,9 @@ class Sequence:
         "wants_prompt_logprobs",
     )  # fmt: skip
 
-    def __init__(self, request: EngineRequest, index: int, *, arrival_order: int, max_len: int, num_siblings: int) -> None:
+    def __init__(
+        self, request: EngineRequest, index: int, *, arrival_order: int, max_len: int, num_siblings: int
+    ) -> None:
         self.request = request
         self.index = index
         self.arrival_order = arrival_order

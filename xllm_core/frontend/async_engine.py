@@ -116,7 +116,7 @@ class AsyncEngine:
                 if client.has_work and not self._is_closing:
                     for output in self._processor.feed(client.poll()):
                         self._deliver(output)
-        except BaseException as error:  # whatever it was, every caller must hear of it
+        except BaseException as error:  # noqa: BLE001  whatever it was, every caller must hear of it
             self._failure = error
         finally:
             dead = EngineDeadError(f"the engine stopped: {self._failure or 'it was shut down'}")
@@ -137,7 +137,12 @@ class AsyncEngine:
                 self._commands.get_nowait()()
 
     def _submit(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, stream: _Stream, accepted: asyncio.Future[str]
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        stream: _Stream,
+        accepted: asyncio.Future[str],
     ) -> None:
         try:
             if self._is_closing:
@@ -145,14 +150,16 @@ class AsyncEngine:
             if request_id is not None and request_id in self._streams:
                 raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
             request_id = self._processor.submit(prompt, params, request_id)
-        except Exception as error:  # the caller's to handle: it is raised in the caller's own coroutine
+        except Exception as error:  # noqa: BLE001  it is raised again, in the caller's own coroutine
             self._settle(stream.loop, accepted, None, error)
             return
         self._streams[request_id] = stream
         self._settle(stream.loop, accepted, request_id, None)
 
     @staticmethod
-    def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future[str], value: str | None, error: Exception | None) -> None:
+    def _settle(
+        loop: asyncio.AbstractEventLoop, future: asyncio.Future[str], value: str | None, error: Exception | None
+    ) -> None:
         def settle() -> None:
             if future.done():
                 return

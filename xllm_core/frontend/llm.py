@@ -25,9 +25,10 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class LLM:
     """A model that answers in this process.
 
-    model: a Hugging Face directory, a .gguf file, `pkg:PYTHON_PACKAGE`, or a hub id. Further arguments are settings by their flat names
-    (dtype, max_model_len, max_num_seqs, num_blocks, ...; `xllm generate --help` lists them), `config` is a TOML file, and `use`, `prefer`, `plugins`,
-    `plugin` are the tables of the same names; or `settings` holds everything. Raises ConfigError, ModelError, PluginError. Not thread-safe: use AsyncEngine for many callers.
+    model: a Hugging Face directory, a .gguf file, `pkg:PYTHON_PACKAGE`, or a hub id. Further arguments are settings by their
+    flat names (dtype, max_model_len, max_num_seqs, num_blocks, ...; `xllm generate --help` lists them); `use`, `prefer`,
+    `plugins` and `plugin` are the tables of those names, `config` is a TOML file; or `settings` holds everything. Raises
+    ConfigError, ModelError, PluginError. Not thread-safe: use AsyncEngine for many callers.
 
     Example::
 
@@ -87,7 +88,9 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _params(self, given: Params, count: int) -> list[SamplingParams]:
@@ -96,10 +99,14 @@ class LLM:
         if isinstance(given, SamplingParams):
             return [given] * count
         if len(given) != count:
-            raise InvalidRequestError(f"{len(given)} sampling parameters for {count} prompts; give one for all, or one each")
+            raise InvalidRequestError(
+                f"{len(given)} sampling parameters for {count} prompts; give one for all, or one each"
+            )
         return list(given)
 
-    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool | None) -> list[RequestOutput]:
+    def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool | None
+    ) -> list[RequestOutput]:
         processor = self.processor
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
@@ -115,7 +122,9 @@ class LLM:
                             done[output.request_id] = output
                             num_tokens += sum(len(o.token_ids) for o in output.outputs)
                             bar.update()
-                            bar.set_postfix_str(f"{num_tokens / max(1e-9, bar.format_dict['elapsed']):.1f} tok/s", refresh=False)
+                            bar.set_postfix_str(
+                                f"{num_tokens / max(1e-9, bar.format_dict['elapsed']):.1f} tok/s", refresh=False
+                            )
         except BaseException:
             processor.abort_all()  # a refused prompt or an interrupt leaves no neighbour behind
             raise
@@ -127,7 +136,10 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Iterable):
-        raise InvalidRequestError(f"prompts are a text, a list of token ids, a mapping, or a list of these, got {prompts!r:.60}", param="prompt")
+        raise InvalidRequestError(
+            f"prompts are a text, a list of token ids, a mapping, or a list of these, got {prompts!r:.60}",
+            param="prompt",
+        )
     several = list(prompts)
     if several and all(isinstance(p, int) and not isinstance(p, bool) for p in several):
         return [several]  # type: ignore[list-item]

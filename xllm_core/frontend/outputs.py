@@ -57,9 +57,11 @@ class RequestState:
 
         self._texts = [
             _SequenceText(
-                output, Detokenizer(decode) if tokenizer is not None else None,
-                StopStrings(stop_strings(params), is_included=params.include_stop_str_in_output), params.min_tokens,
-            )  # fmt: skip
+                output,
+                Detokenizer(decode) if tokenizer is not None else None,
+                StopStrings(stop_strings(params), is_included=params.include_stop_str_in_output),
+                params.min_tokens,
+            )
             for output in self.output.outputs
         ]
         for output in self.output.outputs:
@@ -124,7 +126,9 @@ class RequestState:
 
     def _by_token(self, scores: TokenLogprobs) -> dict[int, Logprob]:
         """Likeliest tokens and the one that stands there, by id."""
-        found = {token: Logprob(value, rank, self._text_of(token)) for rank, (token, value) in enumerate(scores.top, start=1)}
+        found = {
+            token: Logprob(value, rank, self._text_of(token)) for rank, (token, value) in enumerate(scores.top, start=1)
+        }
         if scores.token_id not in found:
             found[scores.token_id] = Logprob(scores.chosen, scores.rank, self._text_of(scores.token_id))
         return found

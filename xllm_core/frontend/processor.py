@@ -18,20 +18,27 @@ from xllm_core.frontend.validation import check_params
 from xllm_core.types import EngineRequest, RequestOutput, SamplingParams, TokenOutput
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "emitted_token_ids", "priority", "cache_salt"})
+_PROMPT_EXTRAS = ("emitted_token_ids", "priority", "cache_salt")
+_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", *_PROMPT_EXTRAS})
 
 
 class Processor:
     """The text side of one engine. Not thread-safe; its owner submits and feeds from one thread."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer | None, template: ChatTemplate | None, generation_config: Mapping[str, Any]
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        generation_config: Mapping[str, Any],
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.template = template
         self.default_params = _default_params(generation_config)
-        self._eos_token_ids = tokenizer.eos_token_ids if tokenizer is not None else _ids(generation_config.get("eos_token_id"))
+        self._eos_token_ids = (
+            tokenizer.eos_token_ids if tokenizer is not None else _ids(generation_config.get("eos_token_id"))
+        )
         self._vocab_size = client.info().vocab_size
         self._states: dict[str, RequestState] = {}
         self._counter = itertools.count()
@@ -40,7 +47,9 @@ class Processor:
         """Check, tokenize and queue one prompt; returns its id. Raises RequestError and leaves nothing behind."""
         check_params(params, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids)
         if params.stop and self.tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids", param="stop")
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, and this model has none; use stop_token_ids", param="stop"
+            )
         text, token_ids, extra = self._read(prompt)
         request_id = request_id if request_id is not None else f"req-{next(self._counter)}"
         request = EngineRequest(
@@ -57,7 +66,9 @@ class Processor:
         """Token ids of a conversation."""
         if self.template is None or self.tokenizer is None:
             missing = "chat template" if self.tokenizer is not None else "tokenizer"
-            raise InvalidRequestError(f"this model has no {missing}, so it cannot chat; use generate with a plain prompt", param="messages")
+            raise InvalidRequestError(
+                f"this model has no {missing}, so it cannot chat; use generate with a plain prompt", param="messages"
+            )
         text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **options)
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
@@ -98,8 +109,8 @@ class Processor:
             unknown = set(prompt) - _PROMPT_KEYS
             if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
                 raise InvalidRequestError(
-                    f"a prompt mapping needs either prompt or prompt_token_ids and may have {', '.join(sorted(_PROMPT_KEYS - {'prompt', 'prompt_token_ids'}))}; "
-                    f"got keys {sorted(map(str, prompt))}",
+                    f"a prompt mapping needs either prompt or prompt_token_ids, and may have {', '.join(_PROMPT_EXTRAS)}; "
+                    f"got {sorted(map(str, prompt))}",
                     param="prompt",
                 )
             prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
@@ -112,7 +123,9 @@ class Processor:
             return prompt, token_ids, extra
         is_list = isinstance(prompt, Sequence) and all(_is_id(token) for token in prompt)
         if not is_list:
-            raise InvalidRequestError(f"a prompt is a text or a list of token ids, got {type(prompt).__name__} {prompt!r:.60}", param="prompt")
+            raise InvalidRequestError(
+                f"a prompt is a text or a list of token ids, got {type(prompt).__name__} {prompt!r:.60}", param="prompt"
+            )
         return None, [int(t) for t in prompt], extra
 
     @staticmethod
@@ -122,7 +135,9 @@ class Processor:
         lists = [emitted] if emitted and all(_is_id(token) for token in emitted) else list(emitted)
         for tokens in lists:
             if not isinstance(tokens, Sequence) or not all(_is_id(token) for token in tokens):
-                raise InvalidRequestError(f"emitted_token_ids are lists of token ids, got {tokens!r:.60}", param="emitted_token_ids")
+                raise InvalidRequestError(
+                    f"emitted_token_ids are lists of token ids, got {tokens!r:.60}", param="emitted_token_ids"
+                )
         return [list(tokens) for tokens in lists]
 
 
@@ -132,14 +147,16 @@ def _is_id(value: object) -> bool:
 
 def _priority(value: object) -> int:
     if not _is_id(value):
-        raise InvalidRequestError(f"priority = {value!r:.40} is not possible: it must be an integer, lower is served first", param="priority")
+        raise InvalidRequestError(
+            f"priority = {value!r:.40} is not possible: it must be an integer, lower is served first", param="priority"
+        )
     return value  # type: ignore[return-value]
 
 
-def _ids(value: object) -> frozenset[int]:
+def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
     if value is None:
         return frozenset()
-    return frozenset({value} if isinstance(value, int) else value)  # type: ignore[call-overload]
+    return frozenset((value,) if isinstance(value, int) else value)
 
 
 def _default_params(generation_config: Mapping[str, Any]) -> SamplingParams:

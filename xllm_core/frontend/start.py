@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 _SHOW_ABOVE_BYTES = 1 << 30  # loading less is over before a bar is read
 
 
-def start_in_process(model: str, *, config: str | None = None, settings: Settings | None = None, **flat: Any) -> Processor:
+def start_in_process(
+    model: str, *, config: str | None = None, settings: Settings | None = None, **flat: Any
+) -> Processor:
     """Start an engine in this process. flat: settings by their flat names; raises ConfigError, PluginError, ModelError."""
     if settings is None:
         settings = Settings.from_flags(config_path=config, path=model, **flat)
@@ -66,7 +68,9 @@ def _progress() -> Any:
         if total < _SHOW_ABOVE_BYTES:
             return
         if not bars:
-            bars.append(tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None, dynamic_ncols=True))
+            bars.append(
+                tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+            )
         bars[0].update(done - bars[0].n)
         if done >= total:
             bars[0].close()

@@ -40,7 +40,9 @@ class ChatTemplate:
     """One compiled template. special_tokens: `bos_token` and `eos_token`, as templates name them."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
@@ -48,7 +50,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise ModelFormatError(f"the model's chat template does not compile: {error}; give another with --chat-template") from error
+            raise ModelFormatError(
+                f"the model's chat template does not compile: {error}; give another with --chat-template"
+            ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **options: Any) -> str:
         """The text of a conversation. options: further variables of the template (tools, switches). Raises InvalidRequestError."""
@@ -58,7 +62,9 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens, **options
             )
         except TemplateError as error:
-            raise InvalidRequestError(f"the chat template refuses this conversation: {error}", param="messages") from error
+            raise InvalidRequestError(
+                f"the chat template refuses this conversation: {error}", param="messages"
+            ) from error
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise InvalidRequestError(
                 f"the chat template cannot render this conversation ({type(error).__name__}: {error}); check roles and contents",
@@ -66,10 +72,14 @@ class ChatTemplate:
             ) from error
 
 
-def check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: object) -> None:
     """A conversation is a list of {"role": str, "content": str, ...}, not empty. Raises InvalidRequestError."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidRequestError('messages must be a list like [{"role": "user", "content": "Hello"}], not empty', param="messages")
+        raise InvalidRequestError(
+            'messages must be a list like [{"role": "user", "content": "Hello"}], not empty', param="messages"
+        )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequestError(f"messages[{i}] must be a mapping with a string `role`, got {message!r:.80}", param="messages")
+            raise InvalidRequestError(
+                f"messages[{i}] must be a mapping with a string `role`, got {message!r:.80}", param="messages"
+            )

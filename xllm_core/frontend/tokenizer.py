@@ -18,7 +18,13 @@ class Tokenizer:
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        path = files.tokenizer_json if files.tokenizer_json is not None else files.convert() if files.convert is not None else None
+        path = (
+            files.tokenizer_json
+            if files.tokenizer_json is not None
+            else files.convert()
+            if files.convert is not None
+            else None
+        )
         if path is None:
             raise ModelFormatError("the model has no tokenizer; give prompts as token ids")
         self._rust = _open(path)
@@ -52,4 +58,6 @@ def _open(path: Path) -> RustTokenizer:
     try:
         return RustTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-        raise ModelFormatError(f"{path}: not a tokenizer that the tokenizers library reads ({error}); get the file again") from error
+        raise ModelFormatError(
+            f"{path}: not a tokenizer that the tokenizers library reads ({error}); get the file again"
+        ) from error

@@ -15,7 +15,13 @@ MAX_LOGIT_BIAS = 1024
 _INT64 = 1 << 63
 
 
-def check_params(params: SamplingParams, *, vocab_size: int, eos_token_ids: frozenset[int] = frozenset(), max_logprobs: int = MAX_LOGPROBS) -> None:
+def check_params(
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    eos_token_ids: frozenset[int] = frozenset(),
+    max_logprobs: int = MAX_LOGPROBS,
+) -> None:
     """Refuse what cannot be sampled. Raises InvalidRequestError; lengths against the context are the engine's to check."""
     _check_counts(params, max_logprobs)
     _check_numbers(params)
@@ -37,9 +43,13 @@ def _is_int(value: object) -> bool:
 
 
 def _integer(field: str, value: object, low: int, high: int | None) -> None:
-    is_within = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    is_within = (
+        isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    )
     if not is_within:
-        raise _refuse(field, value, f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}")
+        raise _refuse(
+            field, value, f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        )
 
 
 def _number(field: str, value: object, low: float, high: float, *, is_low_open: bool = False) -> None:
@@ -57,7 +67,8 @@ def _check_counts(params: SamplingParams, max_logprobs: int) -> None:
     _integer("min_tokens", params.min_tokens, 0, None)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidRequestError(
-            f"min_tokens = {params.min_tokens} exceeds max_tokens = {params.max_tokens}; lower the one or raise the other", param="min_tokens"
+            f"min_tokens = {params.min_tokens} exceeds max_tokens = {params.max_tokens}; lower the one or raise the other",
+            param="min_tokens",
         )
     for field, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None:

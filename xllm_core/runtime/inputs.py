@@ -39,7 +39,15 @@ class StepInputs:
 class InputBuffers:
     """Host state of all slots of one worker. Not thread-safe; owned by the model runner."""
 
-    def __init__(self, device: DeviceBackend, groups: Sequence[KVGroupSpec], *, num_slots: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self,
+        device: DeviceBackend,
+        groups: Sequence[KVGroupSpec],
+        *,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+    ) -> None:
         self._device = device
         self._groups = tuple(groups)
         self._block_size = block_size
@@ -72,7 +80,12 @@ class InputBuffers:
         return StepInputs(token_ids, to_device(torch.from_numpy(positions)), kv_slots, layouts, row_starts)
 
     def _tokens(
-        self, plan: StepPlan, prev_rows: npt.NDArray[np.int64], row_starts: Ints, num_tokens: int, previous: torch.Tensor
+        self,
+        plan: StepPlan,
+        prev_rows: npt.NDArray[np.int64],
+        row_starts: Ints,
+        num_tokens: int,
+        previous: torch.Tensor,
     ) -> torch.Tensor:
         given = np.array(plan.token_ids, dtype=np.int64)
         if len(given) == num_tokens:
@@ -95,7 +108,11 @@ class InputBuffers:
         size = self._block_size
         kv_lens = starts + lengths
         width = -(-int(kv_lens.max()) // size)
-        query_lens_t, kv_lens_t, starts_t = torch.from_numpy(lengths), torch.from_numpy(kv_lens), torch.from_numpy(row_starts)
+        query_lens_t, kv_lens_t, starts_t = (
+            torch.from_numpy(lengths),
+            torch.from_numpy(kv_lens),
+            torch.from_numpy(row_starts),
+        )
         kv_slots: dict[str, torch.Tensor] = {}
         layouts: dict[str, BatchLayout] = {}
         for spec, table in zip(self._groups, self._tables, strict=True):

@@ -20,7 +20,9 @@ def tensor_shape(spec: KVTensorSpec, kind: str, layout: str, num_blocks: int, bl
         return (num_blocks, block_size, *spec.shape)
     if layout == "BGSD":
         return (num_blocks, spec.shape[0], block_size, *spec.shape[1:])
-    raise ConfigError(f"KV layout {layout!r} is unknown to the core, which allocates BSGD and BGSD; choose a device or kernel that offers one")
+    raise ConfigError(
+        f"KV layout {layout!r} is unknown to the core, which allocates BSGD and BGSD; choose a device or kernel that offers one"
+    )
 
 
 def block_bytes(spec: KVGroupSpec, block_size: int) -> int:
@@ -43,7 +45,10 @@ class KVCache:
             flat: list[torch.Tensor] = []
             for layer in spec.layers:
                 tensors = tuple(
-                    device.allocate(tensor_shape(t, spec.kind, geometry.layout, num_blocks, geometry.block_size), torch_dtype(t.dtype))
+                    device.allocate(
+                        tensor_shape(t, spec.kind, geometry.layout, num_blocks, geometry.block_size),
+                        torch_dtype(t.dtype),
+                    )
                     for t in spec.tensors
                 )
                 self.layers[layer] = tensors

@@ -23,7 +23,9 @@ def score_rows(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[
     ranks: list[int] = ((scores > own).sum(dim=-1) + 1).tolist()
     most = max(counts[i] for i in rows)
     values, ids = scores.topk(most, dim=-1) if most else (scores[:, :0], scores[:, :0].long())
-    for row, own_value, rank, top_values, top_ids in zip(rows, own.squeeze(-1).tolist(), ranks, values.tolist(), ids.tolist(), strict=True):
+    for row, own_value, rank, top_values, top_ids in zip(
+        rows, own.squeeze(-1).tolist(), ranks, values.tolist(), ids.tolist(), strict=True
+    ):
         top = tuple(zip(top_ids[: counts[row]], top_values[: counts[row]], strict=True))
         found[row] = TokenLogprobs(token_ids[row], own_value, rank, top)
     return found

@@ -17,16 +17,7 @@ from xllm_core.runtime.inputs import InputBuffers, StepInputs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.logprobs import score_rows, score_targets
 from xllm_core.runtime.sampling_state import SamplingState
-from xllm_core.types import StepPlan, StepResult, TokenLogprobs
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Seconds of one step on the worker."""
-
-    prepare_s: float = 0.0
-    forward_s: float = 0.0
-    sample_s: float = 0.0
+from xllm_core.types import StepPlan, StepResult, StepTimes, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -106,21 +97,28 @@ class ModelRunner:
         while at < len(copies):  # runs of one group, in order: a later copy may read what an earlier one wrote
             group, end = copies[at][0], at + 1
             written = {copies[at][2]}
-            while end < len(copies) and copies[end][0] == group and copies[end][1] not in written and copies[end][2] not in written:
+            while (
+                end < len(copies)
+                and copies[end][0] == group
+                and copies[end][1] not in written
+                and copies[end][2] not in written
+            ):
                 written.add(copies[end][2])
                 end += 1
-            source = torch.tensor([c[1] for c in copies[at:end]], dtype=torch.int64)
-            target = torch.tensor([c[2] for c in copies[at:end]], dtype=torch.int64)
-            self._copy_blocks(tuple(self._cache.tensors(group)), self._device.to_device(source), self._device.to_device(target))
+            sources = torch.tensor([c[1] for c in copies[at:end]], dtype=torch.int64)
+            targets = torch.tensor([c[2] for c in copies[at:end]], dtype=torch.int64)
+            self._copy_blocks(
+                tuple(self._cache.tensors(group)), self._device.to_device(sources), self._device.to_device(targets)
+            )
             at = end
         if plan.kv.table_writes:
             self._inputs.write_tables(plan.kv.table_writes)
 
     def _logits(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
         """[S, V] float32. A row sampled for several slots goes through the head once and is repeated."""
-        rows, repeat = np.unique(plan.sample_rows, return_inverse=True)
+        rows, repeat = np.unique(np.array(plan.sample_rows), return_inverse=True)
         last = inputs.row_starts[1:][rows].astype(np.int64) - 1
-        logits = self._model.head(hidden[self._device.to_device(torch.from_numpy(last))])
+        logits: torch.Tensor = self._model.head(hidden[self._device.to_device(torch.from_numpy(last))])
         if len(rows) == len(repeat):  # plans list samples in row order, so distinct rows are in order already
             return logits
         return logits[self._device.to_device(torch.from_numpy(repeat))]
@@ -141,7 +139,9 @@ class ModelRunner:
             logprobs = [[s] if s is not None else None for s in score_rows(raw, chosen, counts)]
         return StepResult([(t,) for t in chosen], logprobs)
 
-    def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor, inputs: StepInputs) -> Sequence[Sequence[TokenLogprobs]]:
+    def _score_prompts(
+        self, plan: StepPlan, hidden: torch.Tensor, inputs: StepInputs
+    ) -> Sequence[Sequence[TokenLogprobs]]:
         scores: list[list[TokenLogprobs]] = []
         at = 0
         for row, count in plan.prompt_logprobs:

@@ -36,7 +36,9 @@ def stream_key(seed: int, index: int, position: int) -> int:
 
 def stream_keys(seeds: Sequence[int], indices: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
     """`stream_key` for S samples: [S] int64."""
-    return torch.tensor([stream_key(s, i, p) for s, i, p in zip(seeds, indices, positions, strict=True)], dtype=torch.int64)
+    return torch.tensor(
+        [stream_key(s, i, p) for s, i, p in zip(seeds, indices, positions, strict=True)], dtype=torch.int64
+    )
 
 
 def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:

@@ -49,7 +49,9 @@ def _column(column: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return column[rows].unsqueeze(-1)
 
 
-def _choose_short(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor, keys: torch.Tensor, size: int) -> torch.Tensor:
+def _choose_short(
+    logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor, keys: torch.Tensor, size: int
+) -> torch.Tensor:
     """Rows with a small top-k: everything happens on the `size` likeliest candidates."""
     assert batch.temperature is not None and batch.top_k is not None
     top_k = _column(batch.top_k, rows)

@@ -39,13 +39,23 @@ class Worker:
     """Runs plans in order on one device. Owned and called by one thread."""
 
     def __init__(
-        self, parts: WorkerParts, geometry: KVGeometry, *, num_slots: int, max_model_len: int, store: KVStore | None = None
+        self,
+        parts: WorkerParts,
+        geometry: KVGeometry,
+        *,
+        num_slots: int,
+        max_model_len: int,
+        store: KVStore | None = None,
     ) -> None:
         self.device = parts.device
         self.cache = KVCache(parts.device, geometry)
         parts.bind_kv(self.cache)
         inputs = InputBuffers(
-            parts.device, geometry.groups, num_slots=num_slots, max_model_len=max_model_len, block_size=geometry.block_size
+            parts.device,
+            geometry.groups,
+            num_slots=num_slots,
+            max_model_len=max_model_len,
+            block_size=geometry.block_size,
         )
         sampling = SamplingState(parts.device, parts.processors, num_slots=num_slots)
         self._runner = ModelRunner(
@@ -78,4 +88,3 @@ class Worker:
         """End the mover's threads."""
         if self._mover is not None:
             self._mover.close()
-

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from xllm_core.engine.executor import StepTimes
 from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
-from xllm_core.types import EngineRequest, KVTransfer, SlotState, StepPlan, StepResult
+from xllm_core.types import EngineRequest, KVTransfer, SlotState, StepPlan, StepResult, StepTimes
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,9 @@ class ChecksumWorker:
         self._geometry = geometry
         self._vocab_size = vocab_size
         columns = max(geometry.num_blocks) + 1
-        self.blocks: list[npt.NDArray[np.int64]] = [np.zeros((n, geometry.block_size), np.int64) for n in geometry.num_blocks]
+        self.blocks: list[npt.NDArray[np.int64]] = [
+            np.zeros((n, geometry.block_size), np.int64) for n in geometry.num_blocks
+        ]
         self._tables = [np.full((num_slots, columns), -1, np.int64) for _ in geometry.groups]
         self._slots: dict[int, SlotState] = {}
         self._forks: dict[int, int] = {}
@@ -110,7 +111,9 @@ class ChecksumWorker:
             state = self._slots[slot]
             index = self._forks.get(slot, state.index)
             is_seeded = state.params.temperature > 0
-            chosen.append(next_token(handle.checksums[row], index, state.seed, is_seeded=is_seeded, vocab_size=self._vocab_size))
+            chosen.append(
+                next_token(handle.checksums[row], index, state.seed, is_seeded=is_seeded, vocab_size=self._vocab_size)
+            )
         self._previous = chosen
         finished = self._mover.poll() if self._mover is not None else ()
         return StepResult([(token,) for token in chosen], finished_transfers=finished)
@@ -135,7 +138,10 @@ class ChecksumWorker:
         size = self._geometry.block_size
         checksum = _FIRST
         if start:
-            seen = {int(self.blocks[g][self._tables[g][slot, (start - 1) // size], (start - 1) % size]) for g in range(len(self.blocks))}
+            seen = {
+                int(self.blocks[g][self._tables[g][slot, (start - 1) // size], (start - 1) % size])
+                for g in range(len(self.blocks))
+            }
             checksum = seen.pop() if len(seen) == 1 else 0
         self._look_back(slot, start)
         for position, token in enumerate(tokens, start):
@@ -154,7 +160,9 @@ class ChecksumWorker:
             for position in range(first, start):
                 block = self._tables[group][slot, position // size]
                 assert block >= 0, f"slot {slot} reads position {position} of group {group} through a hole"
-                assert self.blocks[group][block, position % size], f"slot {slot} reads position {position}, which nobody wrote"
+                assert self.blocks[group][block, position % size], (
+                    f"slot {slot} reads position {position}, which nobody wrote"
+                )
 
 
 @dataclass(slots=True)

@@ -164,7 +164,9 @@ class Verifier:
         """A pool so small that sequences are thrown out and computed again."""
         size = self._plan.block_size
         longest = max(self._scale.lengths) + self._scale.new_tokens
-        with self._engine(max_num_seqs=len(self._requests), num_blocks=-(-longest // size) + 2, max_num_batched_tokens=64) as engine:
+        with self._engine(
+            max_num_seqs=len(self._requests), num_blocks=-(-longest // size) + 2, max_num_batched_tokens=64
+        ) as engine:
             return Outcome(drive(engine, self._requests), engine.scheduler.stats.num_preemptions, "preemptions")
 
     def host_store(self) -> Outcome:
@@ -188,7 +190,9 @@ class Verifier:
 
     def resume(self) -> Outcome:
         """Prompt plus the first half of the answer, as after a failover."""
-        halves = {r.request_id: said[: len(said) // 2] for r in self._requests if (said := self._baseline[r.request_id, 0])}
+        halves = {
+            r.request_id: said[: len(said) // 2] for r in self._requests if (said := self._baseline[r.request_id, 0])
+        }
         resumed = [replace(r, emitted=(halves[r.request_id],)) for r in self._requests]
         with self._engine(max_num_seqs=len(self._requests)) as engine:
             got = {key: [*halves[key[0]], *tokens] for key, tokens in drive(engine, resumed).items()}
@@ -221,7 +225,9 @@ class Verifier:
         for key, base in expected.items():
             mine = outcome.got.get(key, [])
             row.num_tokens += len(base)
-            at = next((i for i, (a, b) in enumerate(zip(base, mine, strict=False)) if a != b), min(len(base), len(mine)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(base, mine, strict=False)) if a != b), min(len(base), len(mine))
+            )
             row.num_compared += at
             if at == len(base) == len(mine):
                 continue
@@ -239,7 +245,11 @@ class Verifier:
         if not self._allowed:
             return words
         margin = self._margin(key, base, mine[at], at)
-        return "" if margin <= self._allowed else f"{words}, {margin:.2g} below the best (at most {self._allowed:g} is a near tie)"
+        return (
+            ""
+            if margin <= self._allowed
+            else f"{words}, {margin:.2g} below the best (at most {self._allowed:g} is a near tie)"
+        )
 
     def _margin(self, key: Key, base: list[int], other: int, at: int) -> float:
         """How far the worse of the two tokens lies below the best noised score, by the plain engine's own logits at that place."""
@@ -253,7 +263,11 @@ class Verifier:
         params = replace(request.params, n=1, temperature=0.0, max_tokens=1, logprobs=vocab)
         prompt = [*request.prompt_token_ids, *base[:at]]
         outputs: list[TokenOutput] = []
-        drive(self._plain.engine, [replace(request, request_id="margin", prompt_token_ids=prompt, params=params)], into=outputs)
+        drive(
+            self._plain.engine,
+            [replace(request, request_id="margin", prompt_token_ids=prompt, params=params)],
+            into=outputs,
+        )
         scored = outputs[-1].logprobs
         assert scored is not None
         scores = torch.empty(vocab)
@@ -301,7 +315,9 @@ class Verifier:
         requests, at = [], 0
         for i, length in enumerate(self._scale.lengths):
             if length + self._scale.new_tokens > context:
-                raise XllmError(f"verify needs a context of {length + self._scale.new_tokens} tokens, this model has {context}; use --quick")
+                raise XllmError(
+                    f"verify needs a context of {length + self._scale.new_tokens} tokens, this model has {context}; use --quick"
+                )
             prompt, at = pool[at : at + length], at + length
             for kind, temperature in (("greedy", 0.0), ("seeded", _TEMPERATURE)):
                 params = SamplingParams(max_tokens=self._scale.new_tokens, temperature=temperature, ignore_eos=True)
@@ -324,7 +340,11 @@ ROWS: dict[str, Callable[[Verifier], Outcome]] = {
 
 
 def drive(
-    engine: Engine, requests: Sequence[EngineRequest], *, on_plan: Callable[[StepPlan], None] | None = None, into: list[TokenOutput] | None = None
+    engine: Engine,
+    requests: Sequence[EngineRequest],
+    *,
+    on_plan: Callable[[StepPlan], None] | None = None,
+    into: list[TokenOutput] | None = None,
 ) -> Tokens:
     """Run requests to their end; returns tokens by (request id, sequence index). on_plan is called before each step runs."""
     got: Tokens = {}
