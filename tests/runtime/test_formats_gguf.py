@@ -212,7 +212,10 @@ def test_a_failed_conversion_says_why(directory: Path, tmp_path: Path, monkeypat
 
 
 def test_conversion_is_cached_mended_and_safe_for_two(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two at once leave one whole file; a third does not convert. Killed by: no mending for smollm, writing in place, no cache."""
+    """Two at once leave one file and no litter; a third does not convert. Killed by: no mending for smollm, a folder left behind, no cache.
+
+    That the file is never seen half written rests on the rename and is not proven here.
+    """
     monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
     child = "import sys, time; time.sleep(0.2); open(sys.argv[3], 'w').write('{\"pre_tokenizer\": null}')"
     monkeypatch.setattr(gguf_tokenizer, "_CHILD", child)

@@ -167,8 +167,9 @@ def test_packed_weights_are_let_go() -> None:
     embed = parts.embedding("e", 6, 4)
     head = parts.lm_head("h", 4, 6, tied_to="e")
     weight, table = torch.randn(4, 4), torch.randn(6, 4)
-    entries = [WeightEntry("w", "w.weight", (4, 4), "column"), WeightEntry("e", "e.weight", (6, 4), "vocab")]
-    load_weights(InMemory(w=weight, e=table), WeightMap(entries), parts)
+    parts.parameter("n", (4,))
+    entries = [entry("n", "n", 4), WeightEntry("w", "w.weight", (4, 4), "column"), WeightEntry("e", "e.weight", (6, 4), "vocab")]
+    load_weights(InMemory(w=weight, e=table, n=table[0]), WeightMap(entries), parts)
     assert all(parameter.tensor is None for parameter in parts.parameters.values())
     assert torch.equal(embed(torch.tensor([5])), table[5:])
     assert torch.allclose(head(table[:1]), table[:1] @ table.T)
