@@ -63,7 +63,13 @@ def test_good_configuration_and_defaults() -> None:
 
 def test_kv_groups_follow_the_windows() -> None:
     """Killed by: one group for all, window off by a layer, Mistral's missing field read as "no window"."""
-    qwen = {**GOOD, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}
+    qwen = {
+        **GOOD,
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 64,
+        "max_window_layers": 3,
+    }
     full, window = Qwen2().kv_groups(qwen, "bfloat16")
     assert (full.kind, full.layers, full.window) == ("full", (0, 1, 2), None)
     assert (window.kind, window.layers, window.window) == ("sliding_window", (3,), 64)

@@ -33,7 +33,9 @@ class Case:
         self.dense: list[tuple[torch.Tensor, ...]] = []
         for row, (num_queries, kv_len) in enumerate(rows):
             own = [order.pop() for _ in range(blocks[row])]
-            first_seen = 0 if geometry.sliding_window is None else max(0, kv_len - num_queries - geometry.sliding_window + 1)
+            first_seen = (
+                0 if geometry.sliding_window is None else max(0, kv_len - num_queries - geometry.sliding_window + 1)
+            )
             dense = tuple(torch.randn(kv_len, *shape[2:], generator=generator).to(dtype) for _ in "kv")
             for position in range(first_seen, kv_len):
                 for cache, tensor in zip(self.caches, dense, strict=True):
@@ -84,7 +86,10 @@ RAGGED = [(1, 1), (1, 4), (1, 5), (7, 7), (3, 9), (1, 40), (8, 8), (1, 33), (5, 
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (4, 1)])
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 6}, {"soft_cap": 2.0}, {"sliding_window": 1}, {"soft_cap": 2.0, "sliding_window": 7}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 6}, {"soft_cap": 2.0}, {"sliding_window": 1}, {"soft_cap": 2.0, "sliding_window": 7}],
+)
 def test_ragged_batch(heads: tuple[int, int], changes: dict[str, object]) -> None:
     """Decode, whole prefill and chunks together, at block edges. Killed by: a wrong mask offset, head order or slot, padding that is seen."""
     case = Case(RAGGED, make_geometry(num_heads=heads[0], num_kv_heads=heads[1], **changes))

@@ -31,7 +31,9 @@ def test_linear(dtype: torch.dtype, num_rows: int, has_bias: bool, widens: bool)
         exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         result = op(x, op.prepare(weight, bias))
         assert result.dtype == dtype
-        roundings = 0.51 if widens and num_rows > 4 else 1.01  # in units of the last place; torch's own path may round the bias too
+        roundings = (
+            0.51 if widens and num_rows > 4 else 1.01
+        )  # in units of the last place; torch's own path may round the bias too
         assert torch.allclose(result.double(), exact, rtol=roundings * torch.finfo(dtype).eps, atol=1e-5)
 
 
@@ -44,9 +46,16 @@ def test_embedding() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_and_its_fusion(dtype: torch.dtype) -> None:
     """Normalises in float32 and rounds before the weight. Killed by: eps outside the root, mean of x, the weight applied in float32."""
-    x, residual, weight = random(3, 2, 8, dtype=dtype), random(3, 2, 8, seed=1, dtype=dtype), random(8, seed=2, dtype=dtype)
+    x, residual, weight = (
+        random(3, 2, 8, dtype=dtype),
+        random(3, 2, 8, seed=1, dtype=dtype),
+        random(8, seed=2, dtype=dtype),
+    )
     eps = 0.1
-    rows = [[[value / math.sqrt(sum(v * v for v in row) / 8 + eps) for value in row] for row in plane] for plane in x.double().tolist()]
+    rows = [
+        [[value / math.sqrt(sum(v * v for v in row) / 8 + eps) for value in row] for row in plane]
+        for plane in x.double().tolist()
+    ]
     expected = torch.tensor(rows).to(dtype) * weight
     assert torch.allclose(RmsNorm(DEVICE)(x, weight, eps), expected, rtol=1e-6 if dtype == torch.float32 else 8e-3)
     normed, total = AddRmsNorm(DEVICE)(x, residual, weight, eps)

@@ -133,9 +133,15 @@ DIRECTORIES: dict[str, tuple[Damage, str]] = {
     "header is a list": (lambda folder: join_file(folder / "model.safetensors", [1], b""), "list"),
     "header nests too deep": (lambda folder: join_file(folder / "model.safetensors", b"[" * 200_000, b""), "not JSON"),
     "a name twice": (lambda folder: join_file(folder / "model.safetensors", b'{"a": {}, "a": {}}', b""), "twice"),
-    "an entry that is no object": (weights(lambda header: header.update({"model.norm.weight": 3})), "model.norm.weight"),
+    "an entry that is no object": (
+        weights(lambda header: header.update({"model.norm.weight": 3})),
+        "model.norm.weight",
+    ),
     "offsets overlap": (weights(_swap_offsets), "model."),
-    "offsets out of the file": (weights(lambda header: _set(header, "data_offsets", [2**40, 2**40 + 128])), "model.norm.weight"),
+    "offsets out of the file": (
+        weights(lambda header: _set(header, "data_offsets", [2**40, 2**40 + 128])),
+        "model.norm.weight",
+    ),
     "offsets negative": (weights(lambda header: _set(header, "data_offsets", [-128, 0])), "-128"),
     "offsets of another size": (weights(lambda header: _set(header, "data_offsets", [0, 4])), "takes 128"),
     "shape of huge numbers": (weights(lambda header: _set(header, "shape", [2**62, 2**62])), "4611686018427387904"),
@@ -153,10 +159,19 @@ DIRECTORIES: dict[str, tuple[Damage, str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None,
         "pytorch_model.bin",
     ),
-    "a shard missing": (sharded(lambda folder, homes: (folder / "part-2.safetensors").unlink()), "are missing: part-2.safetensors"),
-    "an index entry missing": (sharded(lambda folder, homes: homes.pop("model.norm.weight") and None), "model.norm.weight"),
+    "a shard missing": (
+        sharded(lambda folder, homes: (folder / "part-2.safetensors").unlink()),
+        "are missing: part-2.safetensors",
+    ),
+    "an index entry missing": (
+        sharded(lambda folder, homes: homes.pop("model.norm.weight") and None),
+        "model.norm.weight",
+    ),
     "an index entry too many": (sharded(lambda folder, homes: homes.update(x="part-1.safetensors")), "'x'"),
-    "an index that leaves the folder": (sharded(lambda folder, homes: homes.update(x="../part.safetensors")), "../part"),
+    "an index that leaves the folder": (
+        sharded(lambda folder, homes: homes.update(x="../part.safetensors")),
+        "../part",
+    ),
     "an index without a map": (
         sharded(lambda folder, homes: homes.clear() or homes.update({"model.norm.weight": 7})),  # type: ignore[dict-item, func-returns-value]
         "weight_map",
@@ -171,7 +186,10 @@ DIRECTORIES: dict[str, tuple[Damage, str]] = {
     "config of an absurd size": (config(vocab_size=10**12), "1000000000000"),
     "config of absurdly many layers": (config(num_hidden_layers=10**12), "1000000000000"),
     "config of an unknown architecture": (config(architectures=["NobodyKnowsForCausalLM"]), "NobodyKnowsForCausalLM"),
-    "generation config is not JSON": (lambda folder: (folder / "generation_config.json").write_text("?") and None, "generation_config.json"),
+    "generation config is not JSON": (
+        lambda folder: (folder / "generation_config.json").write_text("?") and None,
+        "generation_config.json",
+    ),
 }
 
 
@@ -255,7 +273,10 @@ FILES: dict[str, tuple[Damage, str]] = {
     "a string too long": (_poke(_LIST, 16, "Q", 2**60), "truncated"),
     "an unknown value type": (_poke(_KEY, 0, "I", 77), "77"),
     "a key that is not UTF-8": (gguf_bytes(lambda raw: raw.replace(_KEY, b"llama.block_coun\xff")), "UTF-8"),
-    "a key twice": (gguf_bytes(lambda raw: raw.replace(b"ggml.bos_token_id", b"ggml.eos_token_id")), "'tokenizer.ggml.eos_token_id' twice"),
+    "a key twice": (
+        gguf_bytes(lambda raw: raw.replace(b"ggml.bos_token_id", b"ggml.eos_token_id")),
+        "'tokenizer.ggml.eos_token_id' twice",
+    ),
     "no dimensions": (_poke(_MATRIX, 0, "I", 0), "dimensions"),
     "too many dimensions": (_poke(_MATRIX, 0, "I", 400), "400"),
     "a dimension of zero": (_poke(_MATRIX, 4, "Q", 0), "holds nothing"),
@@ -271,7 +292,10 @@ FILES: dict[str, tuple[Damage, str]] = {
     "no embedding": (gguf_bytes(lambda raw: raw.replace(b"token_embd.weight", b"token_embX.weight")), "token_embd"),
     "sizes that do not fit": (_poke(b"llama.feed_forward_length", 4, "I", 63), "gate_proj"),
     "a head count of zero": (_poke(b"llama.attention.head_count", 4, "I", 0), "head_count"),
-    "another architecture": (gguf_bytes(lambda raw: raw.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom")), "bloom"),
+    "another architecture": (
+        gguf_bytes(lambda raw: raw.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom")),
+        "bloom",
+    ),
 }
 
 

@@ -47,7 +47,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", PACKED)
 def test_unpacking_equals_the_gguf_package(kind: Kind) -> None:
     """To the bit, scales and minima of every sign included. Killed by: nibbles exchanged, a signed offset, a scale in float16."""
-    values = np.random.default_rng(1).normal(size=(6, 96)).astype(np.float32) * 10.0 ** np.arange(-3, 3)[:, None].astype(np.float32)
+    values = np.random.default_rng(1).normal(size=(6, 96)).astype(np.float32) * 10.0 ** np.arange(-3, 3)[
+        :, None
+    ].astype(np.float32)
     packed = gguf.quants.quantize(values, kind)
     ours = unpack(torch.from_numpy(packed.copy()).view(torch.uint8).flatten(), kind, values.shape)
     assert np.array_equal(ours.float().numpy(), gguf.quants.dequantize(packed, kind))
@@ -96,7 +98,9 @@ def test_packed_tensors_load(directory: Path, tmp_path: Path) -> None:
 
 def test_an_unread_quantisation_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
     """Killed by: a KeyError at load, after minutes."""
-    path = make_tiny_gguf(directory, tmp_path / "m.gguf", kind_of=lambda name: Kind.Q5_0 if "down" in name else Kind.F32)
+    path = make_tiny_gguf(
+        directory, tmp_path / "m.gguf", kind_of=lambda name: Kind.Q5_0 if "down" in name else Kind.F32
+    )
     with pytest.raises(ModelFormatError, match=r"blk\.0\.ffn_down.*Q5_0.*Q4_1"):
         open_file(path)
 
@@ -105,19 +109,33 @@ def test_an_unread_quantisation_is_refused_by_name(directory: Path, tmp_path: Pa
     ("metadata", "expected"),
     [
         ({}, {"rope_type": "default", "rope_theta": 10000.0}),
-        ({"ARCH.rope.scaling.type": "linear", "ARCH.rope.scaling.factor": 4.0}, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+        (
+            {"ARCH.rope.scaling.type": "linear", "ARCH.rope.scaling.factor": 4.0},
+            {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        ),
         ({"ARCH.rope.scale_linear": 2.0}, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
         (
-            {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 4.0, "ARCH.rope.scaling.original_context_length": 64},
+            {
+                "ARCH.rope.scaling.type": "yarn",
+                "ARCH.rope.scaling.factor": 4.0,
+                "ARCH.rope.scaling.original_context_length": 64,
+            },
             {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
         ),
         (
             {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 4.0, "ARCH.rope.scaling.attn_factor": 0.5},
-            {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "attention_factor": 0.5 * (0.1 * math.log(4) + 1)},
+            {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "attention_factor": 0.5 * (0.1 * math.log(4) + 1),
+            },
         ),
     ],
 )
-def test_rope_scaling_is_read(directory: Path, tmp_path: Path, metadata: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_rope_scaling_is_read(
+    directory: Path, tmp_path: Path, metadata: dict[str, Any], expected: dict[str, Any]
+) -> None:
     """Killed by: ignoring any of these keys."""
     checkpoint = open_file(make_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata))
     assert checkpoint.config["rope_parameters"] == expected
@@ -126,7 +144,13 @@ def test_rope_scaling_is_read(directory: Path, tmp_path: Path, metadata: dict[st
 
 def test_rope_frequencies_in_a_tensor_are_used(tmp_path: Path) -> None:
     """Llama 3.1 files hold their factors as a tensor; the result equals the scaling they were computed from. Killed by: skipping it."""
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     source = make_tiny("llama", tmp_path / "hf", rope_parameters={**rope, "rope_theta": 10000.0})
     from xllm_core.models.rope import inverse_frequencies
 
@@ -135,7 +159,9 @@ def test_rope_frequencies_in_a_tensor_are_used(tmp_path: Path) -> None:
     scaled = inverse_frequencies(Llama().read(checkpoint.config).rope)[0]
     plain = 1.0 / (10000.0 ** (torch.arange(0, 8, 2).float() / 8))
     factors = (plain / scaled).numpy()
-    path = make_tiny_gguf(source, tmp_path / "m.gguf", edit=lambda writer: writer.add_tensor("rope_freqs.weight", factors))
+    path = make_tiny_gguf(
+        source, tmp_path / "m.gguf", edit=lambda writer: writer.add_tensor("rope_freqs.weight", factors)
+    )
     ours = open_file(path)
     assert "rope_freqs.weight" not in ours.tensors()
     with torch.no_grad():
@@ -165,7 +191,9 @@ def test_metadata_that_is_refused(directory: Path, tmp_path: Path, name: str) ->
     replaced = metadata.pop("general.architecture", None)
     path = make_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata)
     if replaced is not None:
-        path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0" + str(replaced).encode()))
+        path.write_bytes(
+            path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0" + str(replaced).encode())
+        )
     with pytest.raises(ModelFormatError, match=word) as caught:
         checkpoint = open_file(path)
         Llama().shape(checkpoint.config)
@@ -203,7 +231,9 @@ def test_fingerprints_tell_files_apart(directory: Path, tmp_path: Path) -> None:
 def test_a_failed_conversion_says_why(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed by: a traceback of the child, a half-written file that is found next time."""
     monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf_tokenizer, "_CHILD", "import sys; print('no such vocabulary', file=sys.stderr); sys.exit(1)")
+    monkeypatch.setattr(
+        gguf_tokenizer, "_CHILD", "import sys; print('no such vocabulary', file=sys.stderr); sys.exit(1)"
+    )
     facts = open_file(make_tiny_gguf(directory, tmp_path / "m.gguf")).tokenizer()
     assert facts.convert is not None
     with pytest.raises(ModelFormatError, match=r"m\.gguf.*no such vocabulary.*tokenizer\.json"):
@@ -211,7 +241,9 @@ def test_a_failed_conversion_says_why(directory: Path, tmp_path: Path, monkeypat
     assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
 
 
-def test_conversion_is_cached_mended_and_safe_for_two(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_is_cached_mended_and_safe_for_two(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two at once leave one file and no litter; a third does not convert. Killed by: no mending for smollm, a folder left behind, no cache.
 
     That the file is never seen half written rests on the rename and is not proven here.
@@ -254,7 +286,12 @@ def test_the_demo_model_opens_fast(demo: GGUFCheckpoint) -> None:
     shape = Llama().shape(again.config)
     assert (shape.num_layers, shape.hidden_size, shape.vocab_size, shape.max_model_len) == (30, 576, 49152, 8192)
     facts = again.tokenizer()
-    assert (facts.bos_token, facts.eos_token, facts.eos_token_ids, facts.adds_bos) == ("<|im_start|>", "<|im_end|>", (2,), False)
+    assert (facts.bos_token, facts.eos_token, facts.eos_token_ids, facts.adds_bos) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        (2,),
+        False,
+    )
 
 
 @pytest.mark.slow
@@ -266,7 +303,9 @@ def test_the_demo_model_agrees_with_transformers(demo: GGUFCheckpoint) -> None:
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(demo.path).tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
-    oracle = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in demo.config.items() if key not in ("_source", "dtype")})).eval()
+    oracle = LlamaForCausalLM(
+        LlamaConfig(**{key: value for key, value in demo.config.items() if key not in ("_source", "dtype")})
+    ).eval()
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             tensor = stored[names.get_name(name, (".weight",))]
@@ -289,7 +328,21 @@ def test_the_demo_tokenizer_splits_digits(demo: GGUFCheckpoint) -> None:
     convert = demo.tokenizer().convert  # into the user's cache, which later tests share: it takes seconds
     assert convert is not None
     tokenizer = Tokenizer.from_file(str(convert()))
-    assert tokenizer.encode("In 2024 it was 31.5").tokens == ["In", "Ġ", "2", "0", "2", "4", "Ġit", "Ġwas", "Ġ", "3", "1", ".", "5"]
+    assert tokenizer.encode("In 2024 it was 31.5").tokens == [
+        "In",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "4",
+        "Ġit",
+        "Ġwas",
+        "Ġ",
+        "3",
+        "1",
+        ".",
+        "5",
+    ]
     assert tokenizer.encode("<|im_start|>user\n").ids[0] == 1
 
 

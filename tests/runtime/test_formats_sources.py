@@ -28,7 +28,12 @@ def resolve(reference: str) -> str:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of importable packages whose import would fail."""
     monkeypatch.syspath_prepend(tmp_path)
-    for name, files in {"one_model": ["m.gguf"], "two_models": ["a.gguf", "deep/b.gguf"], "no_model": [], "a_folder": ["hf/config.json"]}.items():
+    for name, files in {
+        "one_model": ["m.gguf"],
+        "two_models": ["a.gguf", "deep/b.gguf"],
+        "no_model": [],
+        "a_folder": ["hf/config.json"],
+    }.items():
         for file in ["__init__.py", *files]:
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +98,15 @@ def test_the_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "from xllm_core.errors import ModelNotFoundError; from xllm_core.runtime.formats.hub import Hub\n"
         "try: Hub().resolve('nobody/no-model')\nexcept ModelNotFoundError as error: print(error)"
     )
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True)
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PATH": "/usr/bin",
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
     for word in ("nobody/no-model", "cannot be reached", "./no-model.gguf", "pkg:NAME", "HF_TOKEN"):
         assert word in done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -131,18 +143,26 @@ def test_tokenizer_files_of_a_directory(tmp_path: Path) -> None:
     """Where each fact is looked for first. Killed by: another order, a token given as an object taken for its text, a list read as one id."""
     folder = make_tiny("llama", tmp_path)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "add_bos_token": true, "chat_template": "from config"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": {"content": "<s>"}, "add_bos_token": true, "chat_template": "from config"}'
+    )
     (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>", "bos_token": "<other>"}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     checkpoint = SafetensorsDirectory().open(folder)
     assert checkpoint is not None
     facts = checkpoint.tokenizer()
     assert (facts.bos_token, facts.eos_token, facts.adds_bos, facts.eos_token_ids) == ("<s>", "</s>", True, (7, 9))
-    assert (facts.chat_template, facts.tokenizer_json, facts.convert) == ("from config", folder / "tokenizer.json", None)
+    assert (facts.chat_template, facts.tokenizer_json, facts.convert) == (
+        "from config",
+        folder / "tokenizer.json",
+        None,
+    )
     (folder / "chat_template.jinja").write_text("from file")
     assert checkpoint.tokenizer().chat_template == "from file"
     (folder / "chat_template.jinja").unlink()
-    (folder / "tokenizer_config.json").write_text('{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}'
+    )
     assert checkpoint.tokenizer().chat_template == "d"
 
 

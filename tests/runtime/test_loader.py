@@ -54,7 +54,11 @@ def test_fills_fuses_casts_and_reports(dtype: torch.dtype) -> None:
     """Rows of a fused parameter in their places, values in the model's dtype, the file untouched. Killed by: wrong rows, no cast, aliasing."""
     a, b, norm = torch.randn(2, 3), torch.randn(1, 3, dtype=torch.float64).half(), torch.randn(4)
     checkpoint = InMemory(a=a, b=b, norm=norm, unused=torch.zeros(1))
-    entries = [entry("b", "w.weight", 1, 3, rows=(2, 1)), entry("a", "w.weight", 2, 3, rows=(0, 2)), entry("norm", "n", 4)]
+    entries = [
+        entry("b", "w.weight", 1, 3, rows=(2, 1)),
+        entry("a", "w.weight", 2, 3, rows=(0, 2)),
+        entry("norm", "n", 4),
+    ]
     parts = make_parts(dtype)
     linear, n = parts.linear("w", 3, 3, axis="replicated"), parts.parameter("n", (4,))
     seen: list[tuple[str, int, int]] = []
@@ -168,7 +172,11 @@ def test_packed_weights_are_let_go() -> None:
     head = parts.lm_head("h", 4, 6, tied_to="e")
     weight, table = torch.randn(4, 4), torch.randn(6, 4)
     parts.parameter("n", (4,))
-    entries = [entry("n", "n", 4), WeightEntry("w", "w.weight", (4, 4), "column"), WeightEntry("e", "e.weight", (6, 4), "vocab")]
+    entries = [
+        entry("n", "n", 4),
+        WeightEntry("w", "w.weight", (4, 4), "column"),
+        WeightEntry("e", "e.weight", (6, 4), "vocab"),
+    ]
     load_weights(InMemory(w=weight, e=table, n=table[0]), WeightMap(entries), parts)
     assert all(parameter.tensor is None for parameter in parts.parameters.values())
     assert torch.equal(embed(torch.tensor([5])), table[5:])

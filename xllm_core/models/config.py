@@ -30,9 +30,13 @@ class Fields:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(name, f"is {shown(value)}, a whole number is needed; take the file that came with the weights")
+            raise self.error(
+                name, f"is {shown(value)}, a whole number is needed; take the file that came with the weights"
+            )
         if not minimum <= value <= maximum:
-            raise self.error(name, f"is {value}, from {minimum} to {maximum} is possible; take the file that came with the weights")
+            raise self.error(
+                name, f"is {value}, from {minimum} to {maximum} is possible; take the file that came with the weights"
+            )
         return value
 
     def number(self, name: str, default: float) -> float:

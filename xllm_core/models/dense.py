@@ -137,12 +137,16 @@ def read_dense(config: Mapping[str, Any], architecture: str, **traits: Any) -> D
     if config.get("quantization_config") is not None:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, Mapping) else method
-        raise fields.error("quantization_config", f"says {shown(method)}: take the weights in float32 or bfloat16, or as GGUF")
+        raise fields.error(
+            "quantization_config", f"says {shown(method)}: take the weights in float32 or bfloat16, or as GGUF"
+        )
     fields.only("hidden_act", ("silu",))
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise fields.error("num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_heads} attention heads")
+        raise fields.error(
+            "num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_heads} attention heads"
+        )
     head_size = traits.pop("head_size", None) or fields.integer("head_dim", hidden_size // num_heads)
     if head_size % 2:
         raise fields.error("head_dim", f"is {head_size}, an even number is needed to rotate pairs")

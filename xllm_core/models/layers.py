@@ -39,7 +39,9 @@ class SelfAttention:
         heads = self._qkv(x).view(len(x), -1, self._head_size)
         q, k, v = torch.split(heads, [self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if self._head_norms is not None:
-            q, k = (self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True))
+            q, k = (
+                self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True)
+            )
         q, k = self._rope(q, k, *self._rotary(ctx))
         return self._output(self._attend(q, k, v, ctx))
 

@@ -41,9 +41,13 @@ class Qwen3(DenseFamily):
 def _window(fields: Fields) -> dict[str, Any]:
     """The sliding window and its layers: those that `layer_types` names, else the ones from `max_window_layers` on."""
     num_layers = fields.num_layers()
-    if not fields.flag("use_sliding_window", False) or ("sliding_window" in fields and fields.get("sliding_window") is None):
+    if not fields.flag("use_sliding_window", False) or (
+        "sliding_window" in fields and fields.get("sliding_window") is None
+    ):
         if "sliding_attention" in (fields.get("layer_types") or ()):
-            raise fields.error("layer_types", "names sliding layers, but the window is off (use_sliding_window, sliding_window)")
+            raise fields.error(
+                "layer_types", "names sliding layers, but the window is off (use_sliding_window, sliding_window)"
+            )
         return {}
     window = fields.integer("sliding_window", 4096)
     layer_types = fields.get("layer_types")

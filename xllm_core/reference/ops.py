@@ -127,9 +127,7 @@ class KvWrite:
     def __init__(self, device: DeviceBackend) -> None:
         pass
 
-    def __call__(
-        self, new: tuple[torch.Tensor, ...], caches: tuple[torch.Tensor, ...], slots: torch.Tensor
-    ) -> None:
+    def __call__(self, new: tuple[torch.Tensor, ...], caches: tuple[torch.Tensor, ...], slots: torch.Tensor) -> None:
         """new[i]: [T, ...], caches[i]: [B, S, ...] contiguous, slots: [T] int64 counted over B * S; -1 is skipped."""
         if (slots < 0).any():
             kept = slots >= 0

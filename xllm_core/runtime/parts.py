@@ -94,9 +94,7 @@ class CoreParts:
         assert tensor is not None
         return tensor
 
-    def linear(
-        self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False
-    ) -> Linear:
+    def linear(self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False) -> Linear:
         """A linear map; with axis "row" its result is summed over ranks, and the bias is added by rank 0 alone."""
         weight = self._new_parameter(f"{name}.weight", (out_features, in_features), axis)
         bias_axis: Axis = "replicated" if axis == "row" else axis
@@ -135,7 +133,9 @@ class CoreParts:
     ) -> Attention:  # fmt: skip
         """One layer's attention. Geometry was settled when the group's kernel was chosen; what is checked here is that there is one."""
         if group not in self._kernels:
-            raise IntegrityError(f"layer {layer} asks for KV group {group!r}, kernels exist for {sorted(self._kernels)}")
+            raise IntegrityError(
+                f"layer {layer} asks for KV group {group!r}, kernels exist for {sorted(self._kernels)}"
+            )
         if (group, layer) in self._attentions:
             raise IntegrityError(f"layer {layer} asks twice for attention in KV group {group!r}")
         bound = _BoundAttention(group, self._kernels[group], self.op("kv_write"))
@@ -150,7 +150,9 @@ class CoreParts:
         for linear in self._linears:
             linear.prepare()
             num_users[linear.weight.name] -= 1
-            if num_users[linear.weight.name] == 0:  # a tied table is read by the embedding, which has its own hold on it
+            if (
+                num_users[linear.weight.name] == 0
+            ):  # a tied table is read by the embedding, which has its own hold on it
                 linear.weight.tensor = None
         for parameter in self.parameters.values():
             parameter.tensor = None

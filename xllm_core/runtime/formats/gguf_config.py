@@ -8,7 +8,11 @@ from typing import Any
 
 from xllm_core.runtime.formats.gguf_header import GGUFHeader
 
-ARCHITECTURES: Mapping[str, str] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 _PLAIN = {
     "hidden_size": "embedding_length",
@@ -46,20 +50,26 @@ def config_from_header(header: GGUFHeader) -> dict[str, Any]:
     if embedding is None or len(embedding.shape) != 2:
         raise header.error("lacks the tensor token_embd.weight with two dimensions; convert the model again")
     config["vocab_size"] = embedding.shape[0]
-    config["num_key_value_heads"] = _one_count(header, own.get("attention.head_count_kv", config["num_attention_heads"]))
+    config["num_key_value_heads"] = _one_count(
+        header, own.get("attention.head_count_kv", config["num_attention_heads"])
+    )
     config["head_dim"] = _head_dim(header, own, config)
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     config["attention_bias"] = name != "qwen2" and "blk.0.attn_q.bias" in header.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     config["rope_parameters"] = _rope(header, own)
     stored = {tensor.kind.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
-    config["dtype"] = {"BF16": "bfloat16", "F16": "float16"}.get(stored.pop(), "float32") if len(stored) == 1 else "float32"
+    config["dtype"] = (
+        {"BF16": "bfloat16", "F16": "float16"}.get(stored.pop(), "float32") if len(stored) == 1 else "float32"
+    )
     return config
 
 
 def _refuse_unknown(header: GGUFHeader, name: str, own: Mapping[str, Any]) -> None:
     if own.get("expert_count", 0):
-        raise header.error(f"{name}.expert_count is {own['expert_count']}: mixtures of experts are not served from GGUF")
+        raise header.error(
+            f"{name}.expert_count is {own['expert_count']}: mixtures of experts are not served from GGUF"
+        )
     for key in own:
         if key.startswith(("attention.", "rope.")) and key not in _UNDERSTOOD:
             raise header.error(f"metadata {name}.{key} = {own[key]!r} changes the model in a way that is not served")
@@ -71,7 +81,9 @@ def _one_count(header: GGUFHeader, value: Any) -> Any:
     """Some files give one count per layer; ours must be equal."""
     if isinstance(value, list):
         if len(set(value)) != 1:
-            raise header.error(f"attention.head_count_kv differs between layers ({sorted(set(value))}), which is not served")
+            raise header.error(
+                f"attention.head_count_kv differs between layers ({sorted(set(value))}), which is not served"
+            )
         return value[0]
     return value
 
@@ -79,7 +91,9 @@ def _one_count(header: GGUFHeader, value: Any) -> Any:
 def _head_dim(header: GGUFHeader, own: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if not isinstance(heads, int) or heads < 1 or not isinstance(hidden, int):
-        raise header.error(f"attention.head_count is {heads!r} for embedding_length {hidden!r}; convert the model again")
+        raise header.error(
+            f"attention.head_count is {heads!r} for embedding_length {hidden!r}; convert the model again"
+        )
     size = own.get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, size) != size:
@@ -96,7 +110,11 @@ def _rope(header: GGUFHeader, own: Mapping[str, Any]) -> dict[str, Any]:
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
         rope |= {"rope_type": "yarn", "factor": factor}
-        names = {"original_max_position_embeddings": "original_context_length", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+        names = {
+            "original_max_position_embeddings": "original_context_length",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
         rope |= {field: own[f"rope.scaling.{key}"] for field, key in names.items() if f"rope.scaling.{key}" in own}
         if (attn_factor := own.get("rope.scaling.attn_factor", 1.0)) != 1.0:
             # The file's number multiplies YaRN's own correction, a configuration's replaces it.
@@ -104,7 +122,9 @@ def _rope(header: GGUFHeader, own: Mapping[str, Any]) -> dict[str, Any]:
     elif kind not in ("none", "linear"):
         raise header.error(f"rope.scaling.type is {kind!r}; none, linear and yarn are served")
     if any(name.startswith("rope_factors") for name in header.tensors):
-        raise header.error("holds long and short rope factors, which depend on the length of the moment and are not served")
+        raise header.error(
+            "holds long and short rope factors, which depend on the length of the moment and are not served"
+        )
     if "rope_freqs.weight" in header.tensors:
         rope = _with_factors(header, rope)
     return rope
@@ -113,7 +133,9 @@ def _rope(header: GGUFHeader, own: Mapping[str, Any]) -> dict[str, Any]:
 def _with_factors(header: GGUFHeader, rope: dict[str, Any]) -> dict[str, Any]:
     tensor = header.tensors["rope_freqs.weight"]
     if tensor.kind.name != "F32" or rope["rope_type"] == "yarn":
-        raise header.error(f"holds rope_freqs.weight as {tensor.kind.name} beside {rope['rope_type']} scaling; only F32 without yarn is served")
+        raise header.error(
+            f"holds rope_freqs.weight as {tensor.kind.name} beside {rope['rope_type']} scaling; only F32 without yarn is served"
+        )
     raw = header.data[tensor.offset : tensor.offset + tensor.num_bytes]
     factors = [factor * rope.get("factor", 1.0) for factor in memoryview(raw).cast("f")]
     return {"rope_type": "factors", "rope_theta": rope["rope_theta"], "factors": factors}

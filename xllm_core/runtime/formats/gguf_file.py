@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 # Stored kind -> dtype of the unpacked values.
-_UNPACKED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "float32", "Q4_0": "float32", "Q4_1": "float32"}
+_UNPACKED = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "Q8_0": "float32",
+    "Q4_0": "float32",
+    "Q4_1": "float32",
+}
 # transformers' modules of the families we read; the `gguf` package knows what llama.cpp calls each.
 _MODULES = ("model.embed_tokens", "model.norm", "lm_head")
 _LAYER_MODULES = (
@@ -56,10 +63,14 @@ class GGUFCheckpoint:
         try:
             self._header = GGUFHeader(path)
         except OSError as error:
-            raise ModelFormatError(f"{path}: cannot be read ({error.strerror}); check that it exists and who may read it") from error
+            raise ModelFormatError(
+                f"{path}: cannot be read ({error.strerror}); check that it exists and who may read it"
+            ) from error
         self._config = config_from_header(self._header)
         self._stored = self._name_tensors()
-        self._tensors = {name: TensorInfo(tensor.shape, _UNPACKED[tensor.kind.name]) for name, tensor in self._stored.items()}
+        self._tensors = {
+            name: TensorInfo(tensor.shape, _UNPACKED[tensor.kind.name]) for name, tensor in self._stored.items()
+        }
 
     @property
     def path(self) -> Path:
@@ -147,10 +158,15 @@ class GGUFCheckpoint:
         """Tensors under transformers' names; those without one keep their own, for the loader to report as surplus."""
         num_layers = self._config["num_hidden_layers"]
         if not isinstance(num_layers, int) or not 0 < num_layers <= len(self._header.tensors):
-            raise self._header.error(f"block_count is {num_layers!r} with {len(self._header.tensors)} tensors; convert the model again")
+            raise self._header.error(
+                f"block_count is {num_layers!r} with {len(self._header.tensors)} tensors; convert the model again"
+            )
         architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self._config["model_type"])
         known = get_tensor_name_map(MODEL_ARCH(architecture), num_layers)
-        modules = (*_MODULES, *(f"model.layers.{layer}.{module}" for layer in range(num_layers) for module in _LAYER_MODULES))
+        modules = (
+            *_MODULES,
+            *(f"model.layers.{layer}.{module}" for layer in range(num_layers) for module in _LAYER_MODULES),
+        )
         theirs = {known.get_name(module): module for module in modules}
         named: dict[str, GGUFTensor] = {}
         for name, tensor in self._header.tensors.items():

@@ -115,9 +115,15 @@ class GGUFHeader:
         if item_type in _SCALARS:
             letter = _SCALARS[item_type]
             raw = self._take(count * struct.calcsize(letter), key)
-            return list(struct.unpack(f"<{count}{letter}", raw)) if count <= _KEPT_ITEMS else LongArray(item_type, count, offset)
+            return (
+                list(struct.unpack(f"<{count}{letter}", raw))
+                if count <= _KEPT_ITEMS
+                else LongArray(item_type, count, offset)
+            )
         if item_type != _STRING:
-            raise self.error(f"metadata {key!r} is an array of type {item_type}; arrays of numbers and strings are read")
+            raise self.error(
+                f"metadata {key!r} is an array of type {item_type}; arrays of numbers and strings are read"
+            )
         if count * 8 > self.size_bytes - self._at:
             raise self.error(f"metadata {key!r} claims {count} strings, too many for the rest of the file; {_REDO}")
         if count <= _KEPT_ITEMS:
@@ -136,13 +142,19 @@ class GGUFHeader:
         for name, kind, shape, offset in sorted(table, key=lambda entry: entry[3]):
             block_items, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block_items:
-                raise self.error(f"tensor {name!r} has rows of {shape[-1]}, {kind.name} packs {block_items} at a time; {_REDO}")
+                raise self.error(
+                    f"tensor {name!r} has rows of {shape[-1]}, {kind.name} packs {block_items} at a time; {_REDO}"
+                )
             tensor = GGUFTensor(name, kind, shape, start + offset, math.prod(shape) // block_items * block_bytes)
             if tensor.offset % alignment or tensor.offset < end:
-                raise self.error(f"tensor {name!r} starts at byte {tensor.offset}, inside another or unaligned; {_REDO}")
+                raise self.error(
+                    f"tensor {name!r} starts at byte {tensor.offset}, inside another or unaligned; {_REDO}"
+                )
             end = tensor.offset + tensor.num_bytes
             if end > self.size_bytes:
-                raise self.error(f"is truncated: tensor {name!r} ends at byte {end}, the file has {self.size_bytes}; {_REDO}")
+                raise self.error(
+                    f"is truncated: tensor {name!r} ends at byte {end}, the file has {self.size_bytes}; {_REDO}"
+                )
             if name in self.tensors:
                 raise self.error(f"holds the tensor {name!r} twice; {_REDO}")
             self.tensors[name] = tensor
@@ -151,7 +163,9 @@ class GGUFHeader:
         name = self._string("a tensor name")
         num_dimensions = self._number("I", name)
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
-            raise self.error(f"tensor {name!r} has {num_dimensions} dimensions, 1 to {_MAX_DIMENSIONS} are allowed; {_REDO}")
+            raise self.error(
+                f"tensor {name!r} has {num_dimensions} dimensions, 1 to {_MAX_DIMENSIONS} are allowed; {_REDO}"
+            )
         shape = tuple(self._number("Q", name) for _ in range(num_dimensions))[::-1]
         if 0 in shape:
             raise self.error(f"tensor {name!r} has shape {list(shape)}, which holds nothing; {_REDO}")
@@ -159,12 +173,16 @@ class GGUFHeader:
         try:
             return name, GGMLQuantizationType(kind), shape, offset
         except ValueError:
-            raise self.error(f"tensor {name!r} has the unknown type number {kind}; a newer gguf package may know it") from None
+            raise self.error(
+                f"tensor {name!r} has the unknown type number {kind}; a newer gguf package may know it"
+            ) from None
 
     def _take(self, count: int, what: str) -> bytes:
         end = self._at + count
         if end > self.size_bytes:
-            raise self.error(f"is truncated: {what} needs bytes {self._at} to {end}, the file has {self.size_bytes}; {_REDO}")
+            raise self.error(
+                f"is truncated: {what} needs bytes {self._at} to {end}, the file has {self.size_bytes}; {_REDO}"
+            )
         raw = self.data[self._at : end]
         self._at = end
         return raw

@@ -78,7 +78,9 @@ def _run_importer(source: Path, made: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise ModelFormatError(f"{source}: converting its tokenizer took more than {_TIMEOUT_S} s; give prompts as token ids") from None
+        raise ModelFormatError(
+            f"{source}: converting its tokenizer took more than {_TIMEOUT_S} s; give prompts as token ids"
+        ) from None
     if done.returncode != 0 or not made.exists():
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise ModelFormatError(

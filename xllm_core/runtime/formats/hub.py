@@ -32,7 +32,9 @@ class Hub:
             raise ModelNotFoundError(f"{reference}: not a hub id ({error})") from error
         folder = _download(reference)
         if not _is_usable(folder):
-            raise ModelNotFoundError(f"{reference}: the hub holds no config.json with .safetensors under this name. {_advice(reference)}")
+            raise ModelNotFoundError(
+                f"{reference}: the hub holds no config.json with .safetensors under this name. {_advice(reference)}"
+            )
         return str(folder)
 
     def open(self, path: Path) -> None:
@@ -46,13 +48,19 @@ def _download(reference: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(reference, allow_patterns=_PATTERNS))
-    except LocalEntryNotFoundError as error:  # offline mode, no route, no name, refused: the library found nothing to fall back on
+    except (
+        LocalEntryNotFoundError
+    ) as error:  # offline mode, no route, no name, refused: the library found nothing to fall back on
         problem = f"not in the local cache, and the hub cannot be reached ({_first_line(error)})"
         raise ModelNotFoundError(f"{reference}: {problem}. {_advice(reference)}") from error
     except HfHubHTTPError as error:
-        raise ModelNotFoundError(f"{reference}: the hub refuses ({_first_line(error)}). {_advice(reference)}") from error
+        raise ModelNotFoundError(
+            f"{reference}: the hub refuses ({_first_line(error)}). {_advice(reference)}"
+        ) from error
     except OSError as error:  # a broken connection, a full disk
-        raise ModelNotFoundError(f"{reference}: the download failed ({_first_line(error)}). {_advice(reference)}") from error
+        raise ModelNotFoundError(
+            f"{reference}: the download failed ({_first_line(error)}). {_advice(reference)}"
+        ) from error
 
 
 def _is_usable(folder: Path) -> bool:

@@ -17,10 +17,14 @@ def read_object(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
         if is_optional and not path.exists():
             return {}
         if path.stat().st_size > _MAX_BYTES:
-            raise ModelFormatError(f"{path}: has {path.stat().st_size} bytes, more than the {_MAX_BYTES} that such a file may have")
+            raise ModelFormatError(
+                f"{path}: has {path.stat().st_size} bytes, more than the {_MAX_BYTES} that such a file may have"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelFormatError(f"{path}: cannot be read ({error.strerror}); check that the download is complete") from error
+        raise ModelFormatError(
+            f"{path}: cannot be read ({error.strerror}); check that the download is complete"
+        ) from error
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ModelFormatError(f"{path}: is not JSON ({error}); download the file again") from error
     if not isinstance(value, dict):

@@ -22,13 +22,17 @@ class Package:
         if inside:
             path = (root / inside).resolve()
             if not path.is_relative_to(root) or not path.exists():
-                raise ModelNotFoundError(f"{reference}: {root} holds no {inside!r}; it holds {_listed(_models(root), root)}")
+                raise ModelNotFoundError(
+                    f"{reference}: {root} holds no {inside!r}; it holds {_listed(_models(root), root)}"
+                )
             return str(path)
         models = _models(root)
         if len(models) == 1:
             return str(models[0])
         if not models:
-            raise ModelNotFoundError(f"{reference}: no .gguf file and no folder with a config.json in {root}; is this the right package?")
+            raise ModelNotFoundError(
+                f"{reference}: no .gguf file and no folder with a config.json in {root}; is this the right package?"
+            )
         raise ModelNotFoundError(
             f"{reference}: {root} holds {len(models)} models ({_listed(models, root)}); choose one as {_PREFIX}{name}/FILE"
         )

@@ -31,7 +31,9 @@ class SafetensorsDirectory:
         if path.is_dir():
             return str(path)
         if reference.startswith(("/", "./", "../", "~")) or "\\" in reference:
-            raise ModelNotFoundError(f"{path}: no such directory; give a Hugging Face directory, a .gguf file, a hub id or pkg:NAME")
+            raise ModelNotFoundError(
+                f"{path}: no such directory; give a Hugging Face directory, a .gguf file, a hub id or pkg:NAME"
+            )
         return None
 
     def open(self, path: Path) -> SafetensorsCheckpoint | None:
@@ -45,7 +47,9 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self._path = path
         if not (path / _CONFIG).exists():
-            raise ModelFormatError(f"{path}: holds no {_CONFIG}; is this the model's directory, and is the download complete?")
+            raise ModelFormatError(
+                f"{path}: holds no {_CONFIG}; is this the model's directory, and is the download complete?"
+            )
         self._config = {**read_object(path / _CONFIG), "_source": str(path / _CONFIG)}
         self._generation_config = read_object(path / "generation_config.json", is_optional=True)
         self._files = self._open_files()
@@ -113,8 +117,14 @@ class SafetensorsCheckpoint:
         if single.exists():
             return [SafetensorsFile(single)]
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self._path.glob(pattern))
-        hint = f"; {', '.join(others[:3])} would run code when opened and is not read: save it as safetensors" if others else ""
-        raise ModelFormatError(f"{self._path}: holds neither {_SINGLE} nor {_INDEX}{hint or '; is the download complete?'}")
+        hint = (
+            f"; {', '.join(others[:3])} would run code when opened and is not read: save it as safetensors"
+            if others
+            else ""
+        )
+        raise ModelFormatError(
+            f"{self._path}: holds neither {_SINGLE} nor {_INDEX}{hint or '; is the download complete?'}"
+        )
 
     def _open_shards(self, index: Path) -> list[SafetensorsFile]:
         """The shards of an index, which must name exactly what they hold."""
@@ -123,7 +133,9 @@ class SafetensorsCheckpoint:
             raise ModelFormatError(f"{index}: holds no 'weight_map' from tensor to file name; download the file again")
         names = sorted(set(homes.values()))
         if outside := [name for name in names if Path(name).name != name or name in (".", "..")]:
-            raise ModelFormatError(f"{index}: names the shard {outside[0]!r}, which is not a plain file name; download the file again")
+            raise ModelFormatError(
+                f"{index}: names the shard {outside[0]!r}, which is not a plain file name; download the file again"
+            )
         if absent := [name for name in names if not (self._path / name).exists()]:
             raise ModelFormatError(
                 f"{self._path}: {len(absent)} of {len(names)} shards named by {index.name} are missing: {', '.join(absent[:3])}; download them again"

@@ -76,7 +76,9 @@ class SafetensorsFile:
             raise self._error(f"has {self.size_bytes} bytes, too few for a safetensors header; {_REDO}")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(_MAX_HEADER_BYTES, self.size_bytes - 8):
-            raise self._error(f"claims a header of {length} bytes in a file of {self.size_bytes}; it is truncated or not safetensors: {_REDO}")
+            raise self._error(
+                f"claims a header of {length} bytes in a file of {self.size_bytes}; it is truncated or not safetensors: {_REDO}"
+            )
         header: bytes = read(length)
         return header
 
@@ -94,7 +96,9 @@ class SafetensorsFile:
         for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
             if stored.offset != end:
                 what = "overlaps another" if stored.offset < end else "leaves a gap before it"
-                raise self._error(f"tensor {name!r} starts at byte {stored.offset} and {what} (expected {end}); {_REDO}")
+                raise self._error(
+                    f"tensor {name!r} starts at byte {stored.offset} and {what} (expected {end}); {_REDO}"
+                )
             end += stored.num_bytes
         if end != self.size_bytes:
             what = "is truncated" if end > self.size_bytes else "has bytes after its last tensor"
@@ -127,4 +131,6 @@ class SafetensorsFile:
 
 
 def _are_counts(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    )
