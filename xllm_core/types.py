@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -85,9 +87,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(slots=True)
-class TokenOutput:
-    """What one step brought to one sequence; the engine's only product.
+class TokenOutput(msgspec.Struct, gc=False):
+    """What one step brought to one sequence; the engine's only product. Made per token, so cheap, and no work for the collector.
 
     new_token_ids: 0..k+1 tokens. finish_reason: set exactly once, on the last output of a sequence.
     stop_reason: the token id that ended it, if one did. error: text for `finish_reason == "error"`.

@@ -83,7 +83,8 @@ class Engine:
         sampled_s = time.perf_counter()
         outputs = self.scheduler.update(result)
         self._record(step, time.perf_counter() - sampled_s)
-        if step.plan.is_empty and not self._running and self.scheduler.has_unfinished:
+        is_stuck = step.plan.is_empty and all(other.plan.is_empty for other in self._running)
+        if is_stuck and self.scheduler.has_unfinished:
             time.sleep(_STORE_POLL_S)  # only a store can go on: it has an answer to give, or blocks to give back
         return outputs
 

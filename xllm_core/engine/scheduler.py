@@ -190,22 +190,62 @@ class Scheduler:
         return plan
 
     def _plan_running(self, plan: StepPlan, flight: _InFlight) -> None:
-        budget, i, running = self.limits.max_num_batched_tokens, 0, self.running
+        """Every running sequence, oldest first. Those with one token to go, which are nearly all, are gathered and written at once."""
+        budget, step, running = self.limits.max_num_batched_tokens, plan.step, self.running
+        commits, decoding = flight.commits, []
+        i = 0
         while i < len(running) and budget > plan.num_tokens:
             sequence = running[i]
-            want = len(sequence.tokens) + sequence.num_pending - sequence.num_computed
-            if want > 1:
-                want = self._chunk(sequence, want, budget - plan.num_tokens)
-            elif len(sequence.tokens) + sequence.num_pending >= sequence.max_len:
-                want = 0  # its last token is in flight
-            if want and sequence.sample_step != plan.step:  # a twin forked a moment ago has its turn in the next step
-                end = sequence.num_computed + want
-                kv = sequence.kv
-                assert kv is not None
-                if end > kv.capacity_tokens and not self._make_room(sequence, end, i, plan.step):
-                    continue  # it gave way itself; running[i] is the next one
-                self._add_row(plan, flight, sequence, want)
+            num_known = len(sequence.tokens) + sequence.num_pending
+            end = sequence.num_computed + 1
+            if end < num_known:
+                end = sequence.num_computed + self._chunk(sequence, num_known - end + 1, budget - plan.num_tokens)
+            elif num_known >= sequence.max_len:
+                end = 0  # its last token is in flight
+            if end <= sequence.num_computed or sequence.sample_step == step:
+                i += 1  # nothing to compute now; or a twin forked a moment ago, whose turn is the next step
+                continue
+            kv = sequence.kv
+            assert kv is not None
+            if end > kv.capacity_tokens and not self._make_room(sequence, end, i, step):
+                continue  # it gave way itself; running[i] is the next one
             i += 1
+            if (
+                end < num_known
+                or end - sequence.num_computed > 1
+                or sequence.wants_prompt_logprobs
+                or sequence.num_siblings
+            ):
+                self._add_row(plan, flight, sequence, end - sequence.num_computed)
+                continue
+            sequence.num_computed = end
+            plan.num_tokens += 1
+            decoding.append(sequence)
+            if end >= kv.next_commit_tokens:
+                commits.append((sequence, kv, end))
+        self._add_decoding(plan, flight, decoding)
+
+    @staticmethod
+    def _add_decoding(plan: StepPlan, flight: _InFlight, decoding: list[Sequence]) -> None:
+        """Rows of one token whose next token is sampled: columns at a time, because there may be a thousand of them."""
+        row, sample = len(plan.slots), len(plan.sample_rows)
+        ends = [s.num_computed for s in decoding]
+        slots = [s.slot for s in decoding]
+        plan.slots += slots
+        plan.starts += [end - 1 for end in ends]
+        plan.lengths += [1] * len(decoding)
+        before = plan.step - 1
+        previous = [s.sample_index if s.sample_step == before else -1 for s in decoding]
+        plan.prev_rows += previous
+        if -1 in previous:
+            plan.token_ids += [s.tokens[s.num_computed - 1] for s, at in zip(decoding, previous, strict=True) if at < 0]
+        plan.sample_rows += range(row, row + len(decoding))
+        plan.sample_slots += slots
+        plan.sample_positions += ends
+        flight.samples += [(s, s.kv) for s in decoding]  # type: ignore[misc]  # a running sequence has its kv
+        for index, sequence in enumerate(decoding, sample):
+            sequence.sample_step, sequence.sample_index = plan.step, index
+            sequence.num_pending += 1
 
     def _make_room(self, sequence: Sequence, end: int, first_victim: int, step: int) -> bool:
         """Reserve room up to `end`, preempting sequences not planned yet; False if `sequence` itself had to go."""
@@ -220,7 +260,9 @@ class Scheduler:
         return True
 
     def _preempt(self, victim: Sequence) -> None:
-        self._leave(victim)
+        # Blocks on their way to a store are not free, and free ones are what this is for: with them held, one preemption would
+        # bring the next, down to the sequence that asked.
+        self._leave(victim, save=False)
         victim.status = Status.WAITING
         victim.num_computed = victim.num_pending = 0
         victim.sample_step = -2
@@ -375,7 +417,7 @@ class Scheduler:
             twin = root.fork(index, slot, self.kv.fork(root.kv, slot))
             plan.forked.append((root.slot, slot, index))
             self._add_sample(plan, flight, twin, row, position)
-            self._requests[root.request.request_id].append(twin)
+            self._requests[root.request_id].append(twin)
             self.running.append(twin)
             self.stats.num_forks += 1
         root.num_siblings = 0
@@ -399,10 +441,16 @@ class Scheduler:
                 outputs.append(_NOTHING)  # finished, aborted or preempted while the step ran
                 continue
             sequence.num_pending -= 1
-            new, reason, stop = self._append(sequence, accepted)
-            outputs.append(
-                TokenOutput(sequence.request.request_id, sequence.index, new, reason, stop, sequence.num_cached)
-            )
+            new, reason, stop = accepted, None, None
+            if (
+                len(accepted) == 1
+                and accepted[0] not in sequence.stop_ids
+                and len(sequence.tokens) + 1 < sequence.max_len
+            ):
+                sequence.tokens.append(accepted[0])
+            else:
+                new, reason, stop = self._append(sequence, accepted)
+            outputs.append(TokenOutput(sequence.request_id, sequence.index, new, reason, stop, sequence.num_cached))
             if reason is not None:
                 self._leave(sequence)
                 self._forget(sequence)
@@ -437,7 +485,7 @@ class Scheduler:
             if new:
                 outputs.append(
                     TokenOutput(
-                        sequence.request.request_id,
+                        sequence.request_id,
                         sequence.index,
                         (),
                         num_cached_tokens=sequence.num_cached,
@@ -447,10 +495,10 @@ class Scheduler:
 
     # ---- leaving ------------------------------------------------------------------------------------------------------------
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Give back blocks, slot and seats; the caller takes it out of `running`."""
+    def _leave(self, sequence: Sequence, *, save: bool = True) -> None:
+        """Give back blocks, slot and seats; the caller takes it out of `running`. save: offer its blocks to the store."""
         if sequence.kv is not None:
-            self.kv.release(sequence.kv)
+            self.kv.release(sequence.kv, save=save)
             sequence.kv = None
         if sequence.slot >= 0:
             self._released.append(sequence.slot)
@@ -464,7 +512,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def _forget(self, sequence: Sequence) -> None:
-        request_id = sequence.request.request_id
+        request_id = sequence.request_id
         left = [s for s in self._requests[request_id] if s is not sequence]
         if left:
             self._requests[request_id] = left

@@ -31,7 +31,8 @@ class Sequence:
 
     __slots__ = (
         "arrival_order", "can_use_store", "found", "index", "kv", "max_len", "num_cached", "num_computed", "num_pending", "num_preemptions",
-        "num_prompt", "num_scored", "num_siblings", "parked_s", "request", "sample_index", "sample_step", "slot", "status", "stop_ids", "tokens",
+        "num_prompt", "num_scored", "num_siblings", "parked_s", "request",
+        "request_id", "sample_index", "sample_step", "slot", "status", "stop_ids", "tokens",
         "wants_prompt_logprobs",
     )  # fmt: skip
 
@@ -39,6 +40,7 @@ class Sequence:
         self, request: EngineRequest, index: int, *, arrival_order: int, max_len: int, num_siblings: int
     ) -> None:
         self.request = request
+        self.request_id = request.request_id
         self.index = index
         self.arrival_order = arrival_order
         self.tokens = list(request.prompt_token_ids)
