@@ -20,7 +20,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from tests.fixtures.tiny_gguf import make_tiny_gguf
 from tests.fixtures.tiny_models import load_oracle, make_tiny
 from tests.models.harness import Harness
-from xllm_core.errors import ModelFormatError
+from xllm_core.errors import ModelError, ModelFormatError
 from xllm_core.models.llama import Llama
 from xllm_core.models.qwen import Qwen2, Qwen3
 from xllm_core.runtime.formats import gguf_tokenizer
@@ -351,3 +351,30 @@ def test_interrupted_walks_are_not_remembered(demo: GGUFCheckpoint) -> None:
     read: Callable[[int], Any] = lambda index: demo._header.item("tokenizer.ggml.tokens", index)  # noqa: E731
     assert [read(index) for index in (2, 49151, 2, 0)] == [read(2), read(49151), "<|im_end|>", "<|endoftext|>"]
     assert read(49152) is None
+
+
+KEYS = [
+    "ARCH.block_count", "ARCH.context_length", "ARCH.embedding_length", "ARCH.feed_forward_length", "ARCH.attention.head_count",
+    "ARCH.attention.head_count_kv", "ARCH.attention.layer_norm_rms_epsilon", "ARCH.attention.key_length", "ARCH.attention.value_length",
+    "ARCH.attention.causal", "ARCH.rope.freq_base", "ARCH.rope.dimension_count", "ARCH.rope.scale_linear", "ARCH.rope.scaling.type",
+    "ARCH.rope.scaling.factor", "ARCH.rope.scaling.attn_factor", "ARCH.rope.scaling.original_context_length", "ARCH.expert_count", "split.count",
+    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.bos_token_id", "tokenizer.chat_template", "general.alignment",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_values_of_the_wrong_kind(directory: Path, tmp_path: Path, key: str) -> None:
+    """Refused with a ModelError, or harmless. Killed by: arithmetic on whatever the file says."""
+    for base in (
+        {},
+        {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.attn_factor": 0.5, "ARCH.rope.scaling.factor": 2.0},
+    ):
+        for value in ("x", 2.5, 0, 7, -1.0, [1, 2], True, float("nan")):
+            path = make_tiny_gguf(directory, tmp_path / "m.gguf", metadata={**base, key: value})
+            try:
+                checkpoint = open_file(path)
+                Llama().shape(checkpoint.config)
+                checkpoint.tokenizer()
+            except ModelError as error:
+                assert str(path) in str(error)

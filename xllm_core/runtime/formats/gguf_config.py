@@ -37,8 +37,8 @@ def config_from_header(header: GGUFHeader) -> dict[str, Any]:
     name = str(metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise header.error(f"holds a model of architecture {name!r}; GGUF files of {', '.join(ARCHITECTURES)} are read")
-    if metadata.get("split.count", 0) > 1:
-        raise header.error(f"is one of {metadata['split.count']} parts; join them with llama.cpp's gguf-split --merge")
+    if (num_parts := header.get("split.count", int, 1)) > 1:
+        raise header.error(f"is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
     own = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
     _refuse_unknown(header, name, own)
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[name]], "model_type": name, "_source": str(header.path)}
@@ -53,11 +53,11 @@ def config_from_header(header: GGUFHeader) -> dict[str, Any]:
     config["num_key_value_heads"] = _one_count(
         header, own.get("attention.head_count_kv", config["num_attention_heads"])
     )
-    config["head_dim"] = _head_dim(header, own, config)
+    config["head_dim"] = _head_dim(header, name, config)
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     config["attention_bias"] = name != "qwen2" and "blk.0.attn_q.bias" in header.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    config["rope_parameters"] = _rope(header, own)
+    config["rope_parameters"] = _rope(header, name, own)
     stored = {tensor.kind.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
     config["dtype"] = (
         {"BF16": "bfloat16", "F16": "float16"}.get(stored.pop(), "float32") if len(stored) == 1 else "float32"
@@ -88,23 +88,24 @@ def _one_count(header: GGUFHeader, value: Any) -> Any:
     return value
 
 
-def _head_dim(header: GGUFHeader, own: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+def _head_dim(header: GGUFHeader, name: str, config: Mapping[str, Any]) -> int:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if not isinstance(heads, int) or heads < 1 or not isinstance(hidden, int):
         raise header.error(
             f"attention.head_count is {heads!r} for embedding_length {hidden!r}; convert the model again"
         )
-    size = own.get("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if own.get(key, size) != size:
-            raise header.error(f"{key} is {own[key]}, the heads are {size} wide; unequal sizes are not served")
-    return int(size)
+    size = header.get(f"{name}.attention.key_length", int, hidden // heads)
+    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
+        if (other := header.get(key, int, size)) != size:
+            raise header.error(f"{key} is {other}, the heads are {size} wide; unequal sizes are not served")
+    return size
 
 
-def _rope(header: GGUFHeader, own: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(header: GGUFHeader, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Frequencies: base, a scaling by name, and explicit factors per pair where the file has the tensor `rope_freqs.weight`."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
-    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": header.get(f"{name}.rope.freq_base", float, 10000.0)}
+    old_factor = header.get(f"{name}.rope.scale_linear", float, 1.0)
+    factor = header.get(f"{name}.rope.scaling.factor", float, old_factor)
     kind = own.get("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if kind == "linear" and factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
@@ -116,12 +117,12 @@ def _rope(header: GGUFHeader, own: Mapping[str, Any]) -> dict[str, Any]:
             "beta_slow": "yarn_beta_slow",
         }
         rope |= {field: own[f"rope.scaling.{key}"] for field, key in names.items() if f"rope.scaling.{key}" in own}
-        if (attn_factor := own.get("rope.scaling.attn_factor", 1.0)) != 1.0:
+        if (attn_factor := header.get(f"{name}.rope.scaling.attn_factor", float, 1.0)) != 1.0:
             # The file's number multiplies YaRN's own correction, a configuration's replaces it.
             rope["attention_factor"] = attn_factor * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
     elif kind not in ("none", "linear"):
         raise header.error(f"rope.scaling.type is {kind!r}; none, linear and yarn are served")
-    if any(name.startswith("rope_factors") for name in header.tensors):
+    if any(tensor.startswith("rope_factors") for tensor in header.tensors):
         raise header.error(
             "holds long and short rope factors, which depend on the length of the moment and are not served"
         )

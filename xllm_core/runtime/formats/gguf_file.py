@@ -113,24 +113,24 @@ class GGUFCheckpoint:
 
     def tokenizer(self) -> TokenizerFiles:
         """Conversion is left to `convert`. extra: "pre_tokenizer", and "warnings" where its splitting is not known to be right."""
-        metadata = self._header.metadata
-        model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+        header = self._header
+        model, pre = header.get("tokenizer.ggml.model", str, None), header.get("tokenizer.ggml.pre", str, None)
         extra: dict[str, Any] = {"pre_tokenizer": pre}
         if model == "gpt2" and pre not in KNOWN_PRE_TOKENIZERS:
             extra["warnings"] = (
                 f"{self._path}: text is split by the rules of {pre!r}, which are not known here; token ids may differ from the"
                 " original tokenizer's. Put the original tokenizer.json into a Hugging Face directory to be sure",
             )
-        has_tokens = "tokenizer.ggml.tokens" in metadata
+        has_tokens = "tokenizer.ggml.tokens" in header.metadata
         bos, eos = self._token_id("bos"), self._token_id("eos")
         return TokenizerFiles(
             tokenizer_json=None,
             convert=partial(convert_tokenizer, self._path, self.fingerprint(), pre) if has_tokens else None,
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=header.get("tokenizer.chat_template", str, None),
             eos_token_ids=self._eos_token_ids(),
-            bos_token=self._header.item("tokenizer.ggml.tokens", bos) if bos is not None else None,
-            eos_token=self._header.item("tokenizer.ggml.tokens", eos) if eos is not None else None,
-            adds_bos=metadata.get("tokenizer.ggml.add_bos_token", model == "llama"),
+            bos_token=header.item("tokenizer.ggml.tokens", bos) if bos is not None else None,
+            eos_token=header.item("tokenizer.ggml.tokens", eos) if eos is not None else None,
+            adds_bos=header.get("tokenizer.ggml.add_bos_token", bool, model == "llama"),
             extra=extra,
         )
 
@@ -151,8 +151,13 @@ class GGUFCheckpoint:
         return tuple(dict.fromkeys(token for token in found if token is not None))
 
     def _token_id(self, name: str) -> int | None:
-        token = self._header.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return token if isinstance(token, int) and 0 <= token < self._config["vocab_size"] else None
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = self._header.get(key, int, None)
+        if token is not None and not 0 <= token < self._config["vocab_size"]:
+            raise self._header.error(
+                f"{key} is {token}, the vocabulary has {self._config['vocab_size']} tokens; convert the model again"
+            )
+        return token
 
     def _name_tensors(self) -> dict[str, GGUFTensor]:
         """Tensors under transformers' names; those without one keep their own, for the loader to report as surplus."""

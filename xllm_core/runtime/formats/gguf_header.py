@@ -11,11 +11,14 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from xllm_core.errors import ModelFormatError
+
+Kind = TypeVar("Kind")
+Default = TypeVar("Default")
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -71,6 +74,17 @@ class GGUFHeader:
     def error(self, problem: str) -> ModelFormatError:
         """The error to raise about this file."""
         return ModelFormatError(f"{self.path}: {problem}")
+
+    def get(self, key: str, kind: type[Kind], default: Default) -> Kind | Default:
+        """A metadata value of one kind; `float` takes whole numbers too. Refused if it is of another, `default` if it is absent."""
+        value = self.metadata.get(key)
+        if value is None:
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.error(f"metadata {key!r} is {value!r:.80}, a value of type {kind.__name__} is needed; {_REDO}")
+        return value
 
     def item(self, key: str, index: int) -> Any:
         """One item of an array in the metadata, kept or long; None if there is no such array or item."""
