@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Everything is installed into .venv; the first run takes minutes, later ones start at once.
 #
 #   make demo PROMPT="Why is the sky blue?"
-#   make demo TORCH_ARGS="--index-url URL"  where pip finds torch, e.g. an index of CPU builds; PIP_ARGS goes to every pip call
+#   make demo TORCH_ARGS="..."              arguments of pip for torch alone, e.g. the index of CPU builds; PIP_ARGS goes to every pip call
 #   make test ARGS="-k scheduler" JOBS=4    ARGS goes to pytest, JOBS is how many run at once
 
 PYTHON ?= python3

@@ -24,13 +24,14 @@ def workload(chance: random.Random, count: int) -> list[EngineRequest]:
     for i in range(count):
         prompt = stem[: chance.randrange(0, 30)] + [chance.randrange(VOCAB) for _ in range(chance.randrange(1, 20))]
         n = chance.choice((1, 1, 1, 2, 3))
-        emitted = ()
+        emitted, stop = (), chance.randrange(VOCAB)
         if chance.random() < 0.2:
-            emitted = tuple(tuple(chance.randrange(VOCAB) for _ in range(chance.randrange(0, 4))) for _ in range(n))
+            others = [token for token in range(VOCAB) if token != stop]
+            emitted = tuple(tuple(chance.choice(others) for _ in range(chance.randrange(0, 4))) for _ in range(n))
         made.append(
             request(
                 f"r{i}", prompt, chance.randrange(5, 25), n=n, temperature=chance.choice((0.0, 1.0)), emitted=emitted,
-                stop_token_ids=(chance.randrange(VOCAB),), priority=chance.randrange(3),
+                stop_token_ids=(stop,), priority=chance.randrange(3),
             )
         )  # fmt: skip
     return made

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from xllm_core.engine.flight import Flight
 from xllm_core.engine.sequence import Sequence, Status
 from xllm_core.errors import InvalidRequestError, PromptTooLongError, QueueFullError, RequestTooLargeError
 from xllm_core.kv.manager import KVManager, Lookup, SequenceKV
@@ -47,19 +48,6 @@ class SchedulerStats:
     num_finished: int = 0
 
 
-@dataclass(slots=True)
-class _InFlight:
-    """What a plan was made of, until its result is in. A sequence whose `kv` changed since has left; its result is dropped.
-
-    commits: (sequence, kv, tokens computed) of rows that complete a block. scored: (sequence, kv, first position) per `plan.prompt_logprobs`.
-    """
-
-    plan: StepPlan
-    commits: list[tuple[Sequence, SequenceKV, int]] = field(default_factory=list)
-    samples: list[tuple[Sequence, SequenceKV]] = field(default_factory=list)
-    scored: list[tuple[Sequence, SequenceKV, int]] = field(default_factory=list)
-
-
 _NOTHING = TokenOutput("", 0, ())
 
 
@@ -78,10 +66,12 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_seats = 0
         self._released: list[int] = []
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[Flight] = deque()
         self._arrivals = 0
         self._step = 0
         self._is_order_stale = False
+        self._is_running_unsorted = False
+        self._over_already: list[TokenOutput] = []
 
     # ---- requests in and out -------------------------------------------------------------------------------------------
 
@@ -110,6 +100,12 @@ class Scheduler:
                 f"{self.limits.max_num_seqs}; lower n or raise the setting",
                 param="n",
             )
+        if any(len(tokens) > max_tokens for tokens in request.emitted):
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: {max(map(len, request.emitted))} tokens are emitted already, max_tokens is {max_tokens};"
+                " raise max_tokens, or do not resume what is over",
+                param="emitted",
+            )
         return prompt + max_tokens
 
     def add(self, request: EngineRequest) -> None:
@@ -129,8 +125,16 @@ class Scheduler:
             Sequence(request, i, arrival_order=order, max_len=max_len, num_siblings=request.params.n - num_roots)
             for i in range(num_roots)
         ]
-        self._requests[request.request_id] = roots
-        self.waiting.extend(roots)
+        over = [output for root in roots if (output := _ended_before(root)) is not None]
+        if len(over) == len(roots):
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: the emitted tokens end every sequence already; there is nothing to resume",
+                param="emitted",
+            )
+        self._over_already += over
+        ended = {output.index for output in over}
+        self._requests[request.request_id] = [root for root in roots if root.index not in ended]
+        self.waiting.extend(self._requests[request.request_id])
         self._is_order_stale = True
 
     def abort(self, request_id: str, index: int | None = None) -> int:
@@ -174,13 +178,13 @@ class Scheduler:
         plan = StepPlan(step=self._step)
         self._step += 1
         plan.released, self._released = self._released, []
-        flight = _InFlight(plan)
+        flight = Flight(plan)
         num_preempted = self.stats.num_preemptions
-        self._plan_running(plan, flight)
+        self._plan_running(flight)
         # Preempting and admitting in one step would hand the freed blocks to a newcomer, and thrash.
         if self.stats.num_preemptions == num_preempted:
             self._unpark()
-            self._admit(plan, flight)
+            self._admit(flight)
         plan.kv = self.kv.take_changes()
         # A preempted sequence gives its slot back in the very plan that no longer holds a row of it.
         plan.released += self._released
@@ -189,75 +193,72 @@ class Scheduler:
         self.stats.num_steps += 1
         return plan
 
-    def _plan_running(self, plan: StepPlan, flight: _InFlight) -> None:
-        """Every running sequence, oldest first. Those with one token to go, which are nearly all, are gathered and written at once."""
-        budget, step, running = self.limits.max_num_batched_tokens, plan.step, self.running
-        commits, decoding = flight.commits, []
-        i = 0
-        while i < len(running) and budget > plan.num_tokens:
+    def _plan_running(self, flight: Flight) -> None:
+        """Every running sequence. Those with one token to go, which are nearly all, are gathered and written at once."""
+        if self._is_running_unsorted:
+            self._sort_running()
+        plan, budget, running = flight.plan, self.limits.max_num_batched_tokens, self.running
+        commits, i = flight.commits, 0
+        decoding: list[Sequence] = []
+        while i < len(running) and plan.num_tokens + len(decoding) < budget:
             sequence = running[i]
             num_known = len(sequence.tokens) + sequence.num_pending
             end = sequence.num_computed + 1
             if end < num_known:
-                end = sequence.num_computed + self._chunk(sequence, num_known - end + 1, budget - plan.num_tokens)
+                left = budget - plan.num_tokens - len(decoding)
+                end = sequence.num_computed + self._chunk(sequence, num_known - end + 1, left)
             elif num_known >= sequence.max_len:
                 end = 0  # its last token is in flight
-            if end <= sequence.num_computed or sequence.sample_step == step:
+            if end <= sequence.num_computed or sequence.sample_step == plan.step:
                 i += 1  # nothing to compute now; or a twin forked a moment ago, whose turn is the next step
                 continue
             kv = sequence.kv
             assert kv is not None
-            if end > kv.capacity_tokens and not self._make_room(sequence, end, i, step):
-                continue  # it gave way itself; running[i] is the next one
+            if end > kv.capacity_tokens and not self._make_room(sequence, end, i, plan.step):
+                i += sequence.kv is kv  # it waits; or it gave way itself, and running[i] is the next one
+                continue
             i += 1
             if (
                 end < num_known
-                or end - sequence.num_computed > 1
+                or end > sequence.num_computed + 1
                 or sequence.wants_prompt_logprobs
                 or sequence.num_siblings
             ):
-                self._add_row(plan, flight, sequence, end - sequence.num_computed)
+                self._add_row(flight, sequence, end - sequence.num_computed)
                 continue
             sequence.num_computed = end
-            plan.num_tokens += 1
             decoding.append(sequence)
             if end >= kv.next_commit_tokens:
                 commits.append((sequence, kv, end))
-        self._add_decoding(plan, flight, decoding)
+        flight.add_decoding(decoding)
 
-    @staticmethod
-    def _add_decoding(plan: StepPlan, flight: _InFlight, decoding: list[Sequence]) -> None:
-        """Rows of one token whose next token is sampled: columns at a time, because there may be a thousand of them."""
-        row, sample = len(plan.slots), len(plan.sample_rows)
-        ends = [s.num_computed for s in decoding]
-        slots = [s.slot for s in decoding]
-        plan.slots += slots
-        plan.starts += [end - 1 for end in ends]
-        plan.lengths += [1] * len(decoding)
-        before = plan.step - 1
-        previous = [s.sample_index if s.sample_step == before else -1 for s in decoding]
-        plan.prev_rows += previous
-        if -1 in previous:
-            plan.token_ids += [s.tokens[s.num_computed - 1] for s, at in zip(decoding, previous, strict=True) if at < 0]
-        plan.sample_rows += range(row, row + len(decoding))
-        plan.sample_slots += slots
-        plan.sample_positions += ends
-        flight.samples += [(s, s.kv) for s in decoding]  # type: ignore[misc]  # a running sequence has its kv
-        for index, sequence in enumerate(decoding, sample):
-            sequence.sample_step, sequence.sample_index = plan.step, index
-            sequence.num_pending += 1
+    def _add_row(self, flight: Flight, sequence: Sequence, want: int) -> None:
+        if flight.add_row(sequence, want) and sequence.num_siblings:
+            self._fork(flight, sequence)
 
-    def _make_room(self, sequence: Sequence, end: int, first_victim: int, step: int) -> bool:
-        """Reserve room up to `end`, preempting sequences not planned yet; False if `sequence` itself had to go."""
+    def _make_room(self, sequence: Sequence, end: int, num_planned: int, step: int) -> bool:
+        """Reserve room up to `end`, preempting whom the policy names; False if `sequence` had to go, or has to wait a step.
+
+        A victim that computes in this very step cannot go now: `sequence` waits, and in the next step the more important come first.
+        """
         assert sequence.kv is not None
         while not self.kv.reserve(sequence.kv, end):
-            candidates = [s for s in self.running[first_victim:] if s.sample_step != step]
-            victim = candidates[self.policy.victims([s.view() for s in candidates], time.monotonic())[0]]
-            self.running.remove(victim)
+            first = self.policy.victims([s.view() for s in self.running], time.monotonic())[0]
+            victim = self.running[first]
+            if first < num_planned or victim.sample_step == step:
+                self._is_running_unsorted = True
+                return False
+            del self.running[first]
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _sort_running(self) -> None:
+        """The most important first, so that whoever has to give way comes last and is not planned yet."""
+        order = self.policy.victims([s.view() for s in self.running], time.monotonic())
+        self.running = [self.running[i] for i in reversed(order)]
+        self._is_running_unsorted = False
 
     def _preempt(self, victim: Sequence) -> None:
         # Blocks on their way to a store are not free, and free ones are what this is for: with them held, one preemption would
@@ -281,7 +282,8 @@ class Scheduler:
 
     # ---- admission --------------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: StepPlan, flight: _InFlight) -> None:
+    def _admit(self, flight: Flight) -> None:
+        plan = flight.plan
         budget = self.limits.max_num_batched_tokens
         if self.waiting and (self._is_order_stale or not self.policy.is_static):
             order = self.policy.order([s.view() for s in self.waiting], time.monotonic())
@@ -307,7 +309,7 @@ class Scheduler:
             if kv is None:
                 break
             self._enter(plan, sequence, kv, found.num_cached_tokens)
-            self._add_row(plan, flight, sequence, want)
+            self._add_row(flight, sequence, want)
 
     def _chunk_new(self, sequence: Sequence, found: Lookup, budget: int) -> int:
         sequence.num_computed = found.num_cached_tokens
@@ -364,59 +366,16 @@ class Scheduler:
             self._is_order_stale = True
         self.parked = still
 
-    # ---- rows and samples ---------------------------------------------------------------------------------------------------
-
-    def _add_row(self, plan: StepPlan, flight: _InFlight, sequence: Sequence, want: int) -> None:
-        start, tokens, kv = sequence.num_computed, sequence.tokens, sequence.kv
-        assert kv is not None
-        end = sequence.num_computed = start + want
-        num_known = len(tokens) + sequence.num_pending
-        row = len(plan.slots)
-        plan.slots.append(sequence.slot)
-        plan.starts.append(start)
-        plan.lengths.append(want)
-        plan.num_tokens += want
-        if want == 1 and end == num_known and sequence.sample_step == plan.step - 1:
-            plan.prev_rows.append(sequence.sample_index)
-        else:
-            plan.prev_rows.append(-1)
-            plan.token_ids += tokens[start:end]
-        if end >= kv.next_commit_tokens:
-            flight.commits.append((sequence, kv, end))
-        if sequence.wants_prompt_logprobs and start < sequence.num_prompt:
-            self._add_targets(plan, flight, sequence, kv, row, start, end)
-        if end == num_known:
-            self._add_sample(plan, flight, sequence, row, end)
-            if sequence.num_siblings:
-                self._fork(plan, flight, sequence, row, end)
-
-    @staticmethod
-    def _add_targets(
-        plan: StepPlan, flight: _InFlight, sequence: Sequence, kv: SequenceKV, row: int, start: int, end: int
-    ) -> None:
-        """Have the known next token of each position scored; the last known position predicts what is not known yet."""
-        plan.prompt_logprobs.append((row, sequence.request.params.prompt_logprobs or 0))
-        targets = sequence.tokens[start + 1 : end + 1]
-        plan.prompt_targets += targets if len(targets) == end - start else [*targets, -1]
-        flight.scored.append((sequence, kv, start))
-
-    def _add_sample(self, plan: StepPlan, flight: _InFlight, sequence: Sequence, row: int, position: int) -> None:
-        sequence.sample_step, sequence.sample_index = plan.step, len(plan.sample_rows)
-        sequence.num_pending += 1
-        plan.sample_rows.append(row)
-        plan.sample_slots.append(sequence.slot)
-        plan.sample_positions.append(position)
-        assert sequence.kv is not None
-        flight.samples.append((sequence, sequence.kv))
-
-    def _fork(self, plan: StepPlan, flight: _InFlight, root: Sequence, row: int, position: int) -> None:
+    def _fork(self, flight: Flight, root: Sequence) -> None:
         """The prompt is computed once; each sibling samples its own first token from the same logits and goes its own way."""
         assert root.kv is not None
+        row = len(flight.plan.slots) - 1
         for index in range(1, root.num_siblings + 1):
             slot = self._free_slots.pop()
-            twin = root.fork(index, slot, self.kv.fork(root.kv, slot))
-            plan.forked.append((root.slot, slot, index))
-            self._add_sample(plan, flight, twin, row, position)
+            kv = self.kv.fork(root.kv, slot)
+            twin = root.fork(index, slot, kv)
+            flight.plan.forked.append((root.slot, slot, index))
+            flight.add_sample(twin, kv, row)
             self._requests[root.request_id].append(twin)
             self.running.append(twin)
             self.stats.num_forks += 1
@@ -432,7 +391,7 @@ class Scheduler:
         for sequence, kv, num_computed in flight.commits:
             if sequence.kv is kv:
                 self.kv.commit(kv, sequence.tokens, num_computed)
-        outputs: list[TokenOutput] = []
+        outputs, self._over_already = self._over_already, []
         if flight.scored:
             self._score_prompts(flight, result, outputs)
         num_finished = 0
@@ -476,7 +435,7 @@ class Scheduler:
                 return new[: i + 1], "length", None
         return new, None, None
 
-    def _score_prompts(self, flight: _InFlight, result: StepResult, outputs: list[TokenOutput]) -> None:
+    def _score_prompts(self, flight: Flight, result: StepResult, outputs: list[TokenOutput]) -> None:
         for (sequence, kv, start), scores in zip(flight.scored, result.prompt_logprobs, strict=True):
             if sequence.kv is not kv:
                 continue
@@ -518,3 +477,15 @@ class Scheduler:
             self._requests[request_id] = left
         else:
             del self._requests[request_id]
+
+
+def _ended_before(sequence: Sequence) -> TokenOutput | None:
+    """The last word of a resumed sequence that had ended where it came from; its siblings may go on."""
+    if not sequence.request.emitted or not sequence.request.emitted[sequence.index]:
+        return None
+    last = sequence.tokens[-1]
+    if last in sequence.stop_ids:
+        return TokenOutput(sequence.request_id, sequence.index, (), "stop", last)
+    if len(sequence.tokens) >= sequence.max_len:
+        return TokenOutput(sequence.request_id, sequence.index, (), "length")
+    return None
