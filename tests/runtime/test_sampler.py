@@ -21,7 +21,9 @@ CHI2 = {4: 18.47, 7: 24.32, 9: 27.88, 15: 37.70}
 
 
 def slot_state(slot: int, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> SlotState:
-    return SlotState(slot, 0, params.pop("seed", 1) or 0, SamplingParams(**params), frozenset(), prompt or [], output or [])
+    return SlotState(
+        slot, 0, params.pop("seed", 1) or 0, SamplingParams(**params), frozenset(), prompt or [], output or []
+    )
 
 
 def choose(logits: torch.Tensor, position: int = 0, seeds: list[int] | None = None, **params: Any) -> list[int]:
@@ -59,7 +61,10 @@ def test_noise_streams_are_independent_of_each_other() -> None:
     keys = {stream_key(s, i, p) for s in range(10) for i in range(10) for p in range(10)}
     assert len(keys) == 1000
     ids = torch.arange(5000)
-    a, b = gumbel(stream_keys([1], [0], [5]).unsqueeze(-1), ids)[0], gumbel(stream_keys([1], [0], [6]).unsqueeze(-1), ids)[0]
+    a, b = (
+        gumbel(stream_keys([1], [0], [5]).unsqueeze(-1), ids)[0],
+        gumbel(stream_keys([1], [0], [6]).unsqueeze(-1), ids)[0],
+    )
     assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.05
 
 
@@ -133,8 +138,34 @@ def test_seeds_repeat_and_differ() -> None:
     logits = torch.zeros(50, 1000)
     first = choose(logits, position=4, seeds=list(range(50)), temperature=1.0)
     assert first == choose(logits, position=4, seeds=list(range(50)), temperature=1.0)
-    assert sum(a == b for a, b in zip(first, choose(logits, position=5, seeds=list(range(50)), temperature=1.0), strict=True)) < 5
-    assert sum(a == b for a, b in zip(first, choose(logits, position=4, seeds=list(range(50, 100)), temperature=1.0), strict=True)) < 5
+    assert (
+        sum(
+            a == b
+            for a, b in zip(first, choose(logits, position=5, seeds=list(range(50)), temperature=1.0), strict=True)
+        )
+        < 5
+    )
+    assert (
+        sum(
+            a == b
+            for a, b in zip(first, choose(logits, position=4, seeds=list(range(50, 100)), temperature=1.0), strict=True)
+        )
+        < 5
+    )
+
+
+def test_the_only_allowed_token_wins_under_any_noise() -> None:
+    """The stream whose noise for token 7 would round to -inf in float32. Red without the clamp."""
+    keys = torch.tensor([[58535103]])
+    assert torch.isfinite(gumbel(keys, torch.arange(100_000))).all()
+    many = gumbel(stream_keys(range(400), [0] * 400, [0] * 400).unsqueeze(-1), torch.arange(50_000))
+    assert torch.isfinite(many).all()
+
+
+def test_the_coldest_temperature_is_greedy() -> None:
+    """Red if logits are divided before the likeliest is taken off: everything positive overflows."""
+    logits = torch.randn(8, 500, generator=torch.Generator().manual_seed(2)) * 5
+    assert choose(logits, temperature=1e-38) == logits.argmax(-1).tolist()
 
 
 # ---- logits processors -----------------------------------------------------------------------------------------------------

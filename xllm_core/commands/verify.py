@@ -42,8 +42,8 @@ def command(model: str, quick: bool, rows: tuple[str, ...], is_json: bool, **fla
         def show(row: Row, width: int = width) -> None:
             if is_json:
                 return
-            verdict = "n/a" if row.note else "yes" if row.is_identical else "NO"
-            state = row.note or f"{row.num_compared:>6} of {row.num_tokens} tokens   {row.activity} {row.what}"
+            verdict = "yes" if row.is_identical else "NO"
+            state = f"{row.num_compared:>6} of {row.num_tokens} tokens   {row.activity} {row.what}"
             click.echo(f"  {row.feature:<{width}}  {verdict:<3}  {state}{'' if row.has_passed else '   FAILED'}")
             for words in row.differences[:3]:
                 click.echo(f"      {words}")

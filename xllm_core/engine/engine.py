@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xllm_core.engine.executor import Executor, StepFuture, StepHandle
 from xllm_core.engine.metrics import StepLog
 from xllm_core.engine.scheduler import Scheduler
-from xllm_core.errors import InvalidRequestError
+from xllm_core.errors import EngineDeadError, InvalidRequestError
 from xllm_core.plugins.contracts.observer import StepRecord
 from xllm_core.types import EngineRequest, StepPlan, TokenOutput
 
@@ -47,9 +48,11 @@ class Engine:
         self.step_log = step_log or StepLog()
         self._depth = depth
         self._running: deque[_Running] = deque()
+        self._failure: BaseException | None = None
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request; raises RequestError and leaves everything as it was when it cannot be served."""
+        self._check_alive()
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError(
@@ -75,7 +78,18 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self) -> list[TokenOutput]:
-        """Schedule, execute, sample, update, emit: one pass. Returns the new tokens of every sequence that got some."""
+        """Schedule, execute, sample, update, emit: one pass. Returns the new tokens of every sequence that got some.
+
+        Whatever is raised in here (an interrupt too) leaves a step half done, and ends the engine: EngineDeadError from then on.
+        """
+        self._check_alive()
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _step(self) -> list[TokenOutput]:
         while not self._running or (len(self._running) < self._depth and self.scheduler.can_schedule):
             self._launch()
         step = self._running.popleft()
@@ -87,6 +101,11 @@ class Engine:
         if is_stuck and self.scheduler.has_unfinished:
             time.sleep(_STORE_POLL_S)  # only a store can go on: it has an answer to give, or blocks to give back
         return outputs
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            cause = f"{type(self._failure).__name__}: {self._failure}".rstrip(": ")
+            raise EngineDeadError(f"a step of this engine failed ({cause}); start a new one") from self._failure
 
     def close(self) -> None:
         """Stop the worker and the observers. What is unfinished stays unfinished."""
@@ -125,9 +144,8 @@ class Engine:
             )
         )
 
-    def _check_ids(self, request_id: str, what: str, token_ids: object) -> None:
-        ids = list(token_ids)  # type: ignore[call-overload]
-        low, high = (min(ids), max(ids)) if ids else (0, 0)
+    def _check_ids(self, request_id: str, what: str, token_ids: Sequence[int]) -> None:
+        low, high = (min(token_ids), max(token_ids)) if token_ids else (0, 0)
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise InvalidRequestError(

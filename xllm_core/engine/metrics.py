@@ -54,6 +54,8 @@ class StepLog:
         if self._thread is None:
             return
         self.flush()
+        if self.num_lost:
+            log.warning("observers were too slow for %d step records, which they did not see", self.num_lost)
         self._queue.put(None)
         self._thread.join(timeout=5.0)
         self._thread = None

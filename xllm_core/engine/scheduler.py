@@ -36,7 +36,9 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counts since start."""
+    """Counts since start: steps planned; sequences preempted; rows that computed a part of their gap; siblings forked; sequences that
+    went aside for a store, and those that gave up on it; sequences aborted and ended.
+    """
 
     num_steps: int = 0
     num_preemptions: int = 0
@@ -67,7 +69,7 @@ class Scheduler:
         self._num_seats = 0
         self._released: list[int] = []
         self._in_flight: deque[Flight] = deque()
-        self._arrivals = 0
+        self._num_arrivals = 0
         self._step = 0
         self._is_order_stale = False
         self._is_running_unsorted = False
@@ -94,6 +96,12 @@ class Scheduler:
             raise RequestTooLargeError(
                 request.request_id, prompt_tokens=prompt, max_tokens=max_tokens, capacity_tokens=capacity
             )
+        if request.priority and not self.policy.uses_priority:
+            raise InvalidRequestError(
+                f"request {request.request_id!r}: priority = {request.priority}, and the scheduling policy in use does not read priorities; "
+                'leave it at 0, or start with [use] scheduler = "priority"',
+                param="priority",
+            )
         if params.n > self.limits.max_num_seqs:
             raise InvalidRequestError(
                 f"request {request.request_id!r}: n = {params.n} sequences do not fit [scheduler] max_num_seqs = "
@@ -119,13 +127,13 @@ class Scheduler:
             )
         max_len = self.check(request)
         num_roots = len(request.emitted) or 1
-        order = self._arrivals
-        self._arrivals += 1
+        order = self._num_arrivals
+        self._num_arrivals += 1
         roots = [
             Sequence(request, i, arrival_order=order, max_len=max_len, num_siblings=request.params.n - num_roots)
             for i in range(num_roots)
         ]
-        over = [output for root in roots if (output := _ended_before(root)) is not None]
+        over = [output for root in roots if (output := root.last_word()) is not None]
         if len(over) == len(roots):
             raise InvalidRequestError(
                 f"request {request.request_id!r}: the emitted tokens end every sequence already; there is nothing to resume",
@@ -140,6 +148,9 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> int:
         """Drop a request, or one sequence of it; unknown ids are fine (it may just have finished). Returns sequences dropped."""
         dropped = [s for s in self._requests.get(request_id, ()) if index is None or s.index == index]
+        self._over_already = [
+            o for o in self._over_already if o.request_id != request_id or index not in (None, o.index)
+        ]
         for sequence in dropped:
             if index is not None and sequence.num_siblings:
                 raise InvalidRequestError(
@@ -321,7 +332,7 @@ class Scheduler:
     def _enter(self, plan: StepPlan, sequence: Sequence, kv: SequenceKV, num_cached: int) -> None:
         self.waiting.popleft()
         sequence.status, sequence.kv, sequence.slot = Status.RUNNING, kv, self._free_slots.pop()
-        sequence.num_computed = num_cached
+        sequence.num_computed, sequence.parked_s = num_cached, None
         sequence.num_cached = max(sequence.num_cached, min(num_cached, sequence.num_prompt))
         self._num_seats += sequence.num_seats
         self.running.append(sequence)
@@ -477,15 +488,3 @@ class Scheduler:
             self._requests[request_id] = left
         else:
             del self._requests[request_id]
-
-
-def _ended_before(sequence: Sequence) -> TokenOutput | None:
-    """The last word of a resumed sequence that had ended where it came from; its siblings may go on."""
-    if not sequence.request.emitted or not sequence.request.emitted[sequence.index]:
-        return None
-    last = sequence.tokens[-1]
-    if last in sequence.stop_ids:
-        return TokenOutput(sequence.request_id, sequence.index, (), "stop", last)
-    if len(sequence.tokens) >= sequence.max_len:
-        return TokenOutput(sequence.request_id, sequence.index, (), "length")
-    return None

@@ -6,7 +6,7 @@ import enum
 from typing import TYPE_CHECKING
 
 from xllm_core.plugins.contracts.scheduler import SequenceView
-from xllm_core.types import EngineRequest, SlotState
+from xllm_core.types import EngineRequest, SlotState, TokenOutput
 
 if TYPE_CHECKING:
     from xllm_core.kv.manager import Lookup, SequenceKV
@@ -78,6 +78,14 @@ class Sequence:
         twin.num_computed, twin.num_cached = self.num_computed, self.num_cached
         twin.can_use_store = self.can_use_store
         return twin
+
+    def last_word(self) -> TokenOutput | None:
+        """For a resumed sequence that had ended where it came from: what it ended with. Its siblings may go on."""
+        if not self.request.emitted or not self.request.emitted[self.index]:
+            return None
+        if self.tokens[-1] in self.stop_ids:
+            return TokenOutput(self.request_id, self.index, (), "stop", self.tokens[-1])
+        return TokenOutput(self.request_id, self.index, (), "length") if len(self.tokens) >= self.max_len else None
 
     def slot_state(self) -> SlotState:
         """What the worker needs to sample for it from here on."""

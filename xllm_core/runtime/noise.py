@@ -57,5 +57,6 @@ def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
     z = z ^ _shift(z, 31)
     # 53 bits, centred: never 0 and never 1, and fine enough near 0 where the largest noise comes from.
-    uniform = (_shift(z, 11).to(torch.float64) + 0.5).mul_(2.0**-53).to(torch.float32)
+    # float32 would round what is closest to 1 up to 1, whose noise is -inf and less than that of a forbidden token.
+    uniform = (_shift(z, 11).to(torch.float64) + 0.5).mul_(2.0**-53).to(torch.float32).clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))

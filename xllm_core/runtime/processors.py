@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from xllm_core.plugins.contracts.sampling import ProcessorContext
+from xllm_core.runtime.sampler import NEVER
 from xllm_core.types import SlotState
-
-_NEVER = float("-inf")
 
 
 class Penalties:
@@ -125,7 +124,7 @@ class AllowedTokens:
 
     def apply(self, logits: torch.Tensor, slots: Sequence[int]) -> None:
         """One masked fill for all rows."""
-        logits.masked_fill_(torch.stack([self._forbidden[s] for s in slots]), _NEVER)
+        logits.masked_fill_(torch.stack([self._forbidden[s] for s in slots]), NEVER)
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """Nothing depends on output."""
@@ -133,7 +132,7 @@ class AllowedTokens:
 
 @dataclass(slots=True)
 class _Countdown:
-    left: int
+    num_left: int
     stop_ids: torch.Tensor
 
 
@@ -162,15 +161,15 @@ class MinTokens:
 
     def fork(self, source: int, destination: int) -> None:
         """Counts go separate ways from here."""
-        self._state[destination] = _Countdown(self._state[source].left, self._state[source].stop_ids)
+        self._state[destination] = _Countdown(self._state[source].num_left, self._state[source].stop_ids)
 
     def apply(self, logits: torch.Tensor, slots: Sequence[int]) -> None:
         """Mask the few ids of rows that are still too short."""
         for row, slot in enumerate(slots):
-            if self._state[slot].left > 0:
-                logits[row, self._state[slot].stop_ids] = _NEVER
+            if self._state[slot].num_left > 0:
+                logits[row, self._state[slot].stop_ids] = NEVER
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """One fewer to go."""
         for slot in slots:
-            self._state[slot].left -= 1
+            self._state[slot].num_left -= 1

@@ -10,7 +10,7 @@ from xllm_core.runtime.noise import gumbel, stream_keys
 
 # Rows with top_k up to `limit` are cut to a list of `size` candidates; the spare places hold ties with the k-th.
 _SHORT_LISTS = ((0, 64, 128), (64, 1024, 1088))
-_NEVER = float("-inf")
+NEVER = float("-inf")
 
 
 class GumbelSampler:
@@ -49,14 +49,19 @@ def _column(column: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return column[rows].unsqueeze(-1)
 
 
+def _tempered(logits: torch.Tensor, temperature: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Counted from the likeliest, so that the coldest temperature cannot overflow."""
+    return (logits - logits.amax(dim=-1, keepdim=True)) / _column(temperature, rows)
+
+
 def _choose_short(
     logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor, keys: torch.Tensor, size: int
 ) -> torch.Tensor:
     """Rows with a small top-k: everything happens on the `size` likeliest candidates."""
     assert batch.temperature is not None and batch.top_k is not None
     top_k = _column(batch.top_k, rows)
-    scores, token_ids = (logits / _column(batch.temperature, rows)).topk(size, dim=-1)
-    scores = scores.masked_fill(scores < scores.gather(-1, top_k - 1), _NEVER)
+    scores, token_ids = _tempered(logits, batch.temperature, rows).topk(size, dim=-1)
+    scores = scores.masked_fill(scores < scores.gather(-1, top_k - 1), NEVER)
     scores = _filter_sorted(scores, batch, rows)
     noised = scores + gumbel(keys.unsqueeze(-1), token_ids)
     return token_ids.gather(-1, noised.argmax(dim=-1, keepdim=True)).squeeze(-1)
@@ -65,7 +70,7 @@ def _choose_short(
 def _choose_full(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Rows that may choose from the whole vocabulary, or from a large part of it."""
     assert batch.temperature is not None
-    scores = logits / _column(batch.temperature, rows)
+    scores = _tempered(logits, batch.temperature, rows)
     has_top_k = batch.top_k is not None and bool((batch.top_k[rows] > 0).any())
     has_top_p = batch.top_p is not None and bool((batch.top_p[rows] < 1).any())
     if has_top_k or has_top_p:
@@ -75,13 +80,13 @@ def _choose_full(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor,
             vocab = logits.shape[-1]
             last = _column(batch.top_k, rows)
             last = torch.where(last > 0, last.clamp(max=vocab), vocab) - 1
-            ordered = ordered.masked_fill(ordered < ordered.gather(-1, last), _NEVER)
+            ordered = ordered.masked_fill(ordered < ordered.gather(-1, last), NEVER)
         ordered = _filter_sorted(ordered, batch, rows)
-        lowest = ordered.masked_fill(ordered == _NEVER, float("inf")).amin(dim=-1, keepdim=True)
-        scores = scores.masked_fill(scores < lowest, _NEVER)
+        lowest = ordered.masked_fill(ordered == NEVER, float("inf")).amin(dim=-1, keepdim=True)
+        scores = scores.masked_fill(scores < lowest, NEVER)
     elif batch.min_p is not None:
         floor = scores.amax(dim=-1, keepdim=True) + _column(batch.min_p, rows).log()
-        scores = scores.masked_fill(scores < floor, _NEVER)
+        scores = scores.masked_fill(scores < floor, NEVER)
     noise = gumbel(keys.unsqueeze(-1), torch.arange(logits.shape[-1], device=logits.device))
     return (scores + noise).argmax(dim=-1)
 
@@ -94,8 +99,8 @@ def _filter_sorted(scores: torch.Tensor, batch: SamplingBatch, rows: torch.Tenso
         is_out = before >= _column(batch.top_p, rows)
         is_out &= _column(batch.top_p, rows) < 1
         is_out[:, 0] = False
-        lowest = scores.masked_fill(is_out | (scores == _NEVER), float("inf")).amin(dim=-1, keepdim=True)
-        scores = scores.masked_fill(scores < lowest, _NEVER)
+        lowest = scores.masked_fill(is_out | (scores == NEVER), float("inf")).amin(dim=-1, keepdim=True)
+        scores = scores.masked_fill(scores < lowest, NEVER)
     if batch.min_p is not None:
-        scores = scores.masked_fill(scores < scores[:, :1] + _column(batch.min_p, rows).log(), _NEVER)
+        scores = scores.masked_fill(scores < scores[:, :1] + _column(batch.min_p, rows).log(), NEVER)
     return scores

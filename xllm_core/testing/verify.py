@@ -60,13 +60,10 @@ class Row:
     activity: int
     what: str
     differences: list[str] = field(default_factory=list)
-    note: str = ""
 
     @property
     def has_passed(self) -> bool:
-        """Identical, active, and enough was compared. A row that does not apply has a note and no tokens."""
-        if self.note:
-            return True
+        """Identical, active, and enough was compared."""
         return self.is_identical and self.activity > 0 and self.num_compared >= MIN_COMPARED * self.num_tokens
 
 
@@ -140,7 +137,7 @@ class Verifier:
         with self._engine(max_num_seqs=len(self._requests)) as engine:
             plans: list[StepPlan] = []
             got = drive(engine, self._requests, on_plan=plans.append)
-            return Outcome(got, max(len(p.slots) for p in plans), "rows in one step")
+            return Outcome(got, max(len(p.slots) for p in plans) - 1, "mates in one step")
 
     def chunk(self, size: int) -> Outcome:
         """Prompts in pieces of `size` tokens; 0 computes each prompt in one piece."""

@@ -35,6 +35,9 @@ class SchedulerPolicy(Protocol):
     is_static: bool
     """True if `order` depends on no clock and no progress: the core then calls it only when the queue changed."""
 
+    uses_priority: bool
+    """Whether `SequenceView.priority` is read. If not, a request that sets one is refused rather than served as if it had not."""
+
     def order(self, waiting: Sequence[SequenceView], now_s: float) -> Sequence[int]:
         """Indices of `waiting` in the order of admission; each exactly once. The head is never skipped by the core."""
 

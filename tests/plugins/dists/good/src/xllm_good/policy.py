@@ -11,6 +11,7 @@ class Lifo:
     """Last come, first served."""
 
     is_static = True
+    uses_priority = False
 
     def order(self, waiting: Sequence[SequenceView], now_s: float) -> Sequence[int]:
         """Newest first."""
