@@ -259,6 +259,8 @@ class Scheduler:
             if first < num_planned or victim.sample_step == step:
                 self._is_running_unsorted = True
                 return False
+            if victim is sequence and self.kv.stats().held_blocks:
+                return False  # a transfer is about to give blocks back; to start again from nothing would gain none
             del self.running[first]
             self._preempt(victim)
             if victim is sequence:
