@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,26 +78,38 @@ def assert_is_argmax(oracle: Any, prompt: list[int], said: list[int], dtype: str
     return len(said), ties
 
 
-@pytest.mark.parametrize("is_together", [True, False], ids=["together", "alone"])
-def test_greedy_tokens_are_the_argmax_of_transformers(
-    llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str, is_together: bool
-) -> None:
-    """20 prompts, 64 new tokens. Red if RoPE, the unpermuted q and k, the tied head, or one chunk border is wrong."""
+def assert_all_are_argmax(llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str, *, is_together: bool) -> None:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    if is_together:
-        answers = llm.generate(prompts, params)
-    else:
-        answers = [llm.generate([p], params)[0] for p in prompts]
-    assert len(answers) == 20
+    answers = llm.generate(prompts, params) if is_together else [llm.generate([p], params)[0] for p in prompts]
     total = ties = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer.outputs[0].token_ids) == NEW_TOKENS
         counted, tied = assert_is_argmax(oracle, prompt, answer.outputs[0].token_ids, dtype)
         total, ties = total + counted, ties + tied
-    assert total == 20 * NEW_TOKENS
+    print(f"{total} tokens compared, {ties} near ties")
+    assert total == len(prompts) * NEW_TOKENS
     assert ties <= total // (100 if dtype == "float32" else 10), (
         f"{ties} near ties in {total} tokens are too many to be chance"
     )
+
+
+def test_greedy_tokens_are_the_argmax_of_transformers(
+    llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str
+) -> None:
+    """20 prompts together, 64 new tokens. Red if RoPE, the unpermuted q and k, the tied head, or one chunk border is wrong."""
+    assert len(prompts) == 20
+    assert_all_are_argmax(llm, oracle, prompts, dtype, is_together=True)
+
+
+def test_alone_they_are_the_argmax_too(llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str) -> None:
+    """One request at a time: code, Chinese, and the long one. All twenty follow at night."""
+    assert_all_are_argmax(llm, oracle, [prompts[2], prompts[8], prompts[-1]], dtype, is_together=False)
+
+
+@pytest.mark.nightly
+def test_all_twenty_alone(llm: LLM, oracle: Any, prompts: list[list[int]], dtype: str) -> None:
+    """As above, every prompt by itself."""
+    assert_all_are_argmax(llm, oracle, prompts, dtype, is_together=False)
 
 
 def test_it_speaks_english(llm: LLM) -> None:
@@ -140,6 +154,16 @@ def test_rendered_chats_equal_transformers(llm: LLM) -> None:
         for is_open in (True, False):
             want = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open)
             assert llm.processor.template.render(chat, add_generation_prompt=is_open) == want
+
+
+@pytest.mark.parametrize("document", ["README.md", "README_zh.md"])
+def test_the_example_of_the_readme_runs(demo_model: str, root: Path, document: str) -> None:
+    """As it stands there: what a reader copies works."""
+    blocks = re.findall(r"```python\n(.*?)```", (root / document).read_text(encoding="utf-8"), re.DOTALL)
+    example = next(block for block in blocks if "LLM(" in block)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d", done.stdout), "three primes were asked for"
 
 
 def run_xllm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
