@@ -7,7 +7,6 @@ Padding repeats the row's own last slot and is masked, so that no memory of some
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ _MAX_GATHERED = 65536
 class RowGroup:
     """Rows attended in one call: R rows of `num_queries` new tokens each (R > 1 only for one new token).
 
-    tokens: [R * num_queries] int64 into the step's tokens, in order; or a slice of them. slots: [R * num_keys] int64, counted over
+    tokens: [R] int64 into the step's tokens, or a slice of them. slots: [R * num_keys] int32, counted over
     B * S. visible: what each query may see, broadcast to [R, G, queries, num_keys]; None when all is visible or causality alone decides.
     """
 
@@ -52,17 +51,18 @@ class ReferenceAttention:
         """Find every row's slots and masks; batch as the contract says."""
         query_lens, kv_lens = batch.query_lens.numpy(), batch.kv_lens.numpy()
         starts, tables = batch.query_starts.numpy(), batch.block_tables.numpy()
-        groups: list[RowGroup] = []
-        decode_rows: dict[int, list[int]] = defaultdict(list)
-        for row, (num_queries, num_keys) in enumerate(zip(query_lens.tolist(), kv_lens.tolist(), strict=True)):
-            if num_queries == 1:
-                decode_rows[self._num_seen(num_keys).bit_length()].append(row)
-            elif num_queries > 1:
-                groups.append(self._plan_prefill(int(starts[row]), num_queries, num_keys, tables[row]))
-        for rows in decode_rows.values():
-            width = max(1, _MAX_GATHERED // max(self._num_seen(int(kv_lens[row])) for row in rows))
-            for first in range(0, len(rows), width):
-                part = np.asarray(rows[first : first + width])
+        groups = [
+            self._plan_prefill(int(starts[row]), int(query_lens[row]), int(kv_lens[row]), tables[row])
+            for row in np.flatnonzero(query_lens > 1).tolist()
+        ]
+        rows = np.flatnonzero(query_lens == 1)
+        seen = self._num_seen(kv_lens[rows])
+        similar = np.frexp(seen.astype(np.float64))[1]  # lengths between two powers of two go together
+        for bucket in sorted(set(similar.tolist())):
+            members = rows[similar == bucket]
+            width = max(1, _MAX_GATHERED // (1 << bucket))
+            for first in range(0, len(members), width):
+                part = members[first : first + width]
                 groups.append(self._plan_decode(starts[part], kv_lens[part], tables[part]))
         return groups
 
@@ -98,22 +98,32 @@ class ReferenceAttention:
             scores = scores.masked_fill(~visible, float("-inf"))
         return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
 
-    def _num_seen(self, num_keys: int) -> int:
-        """Keys that the last query of a row sees."""
+    def _num_seen(self, kv_lens: np.ndarray) -> np.ndarray:
+        """Keys that the last query of each row sees."""
         window = self._geometry.sliding_window
-        return num_keys if window is None else min(num_keys, window)
+        return kv_lens if window is None else np.minimum(kv_lens, window)
 
     def _plan_decode(self, tokens: np.ndarray, kv_lens: np.ndarray, tables: np.ndarray) -> RowGroup:
-        lens = np.asarray([self._num_seen(int(num_keys)) for num_keys in kv_lens])
+        lens = self._num_seen(kv_lens)
         width = int(lens.max())
-        # Shorter rows repeat their last position to the right; the mask hides the copies.
-        positions = np.minimum((kv_lens - lens)[:, None] + np.arange(width), kv_lens[:, None] - 1)
+        if self._geometry.sliding_window is None:
+            num_blocks = -(-width // self._geometry.block_size)
+            firsts = tables[:, :num_blocks, None].astype(np.int32) * self._geometry.block_size
+            slots = (firsts + np.arange(self._geometry.block_size, dtype=np.int32)).reshape(len(lens), -1)[:, :width]
+        else:
+            slots = self._slots(tables, np.minimum((kv_lens - lens)[:, None] + np.arange(width), kv_lens[:, None] - 1))
         visible = None
         if (lens < width).any():
-            visible = torch.from_numpy(np.arange(width) < lens[:, None])[:, None, None, :]
+            # Shorter rows repeat their last slot to the right; the mask hides the copies.
+            is_own = np.arange(width) < lens[:, None]
+            slots = np.where(is_own, slots, np.take_along_axis(slots, lens[:, None] - 1, axis=1))
+            visible = torch.from_numpy(is_own)[:, None, None, :]
+        first, count = int(tokens[0]), len(tokens)
+        is_run = int(tokens[-1]) - first == count - 1  # rows come in order
         return RowGroup(
-            tokens=torch.from_numpy(tokens.astype(np.int64)), num_rows=len(lens), num_queries=1, num_keys=width,
-            slots=self._slots(tables, positions), visible=visible, is_causal=False,
+            tokens=slice(first, first + count) if is_run else torch.from_numpy(tokens.astype(np.int64)),
+            num_rows=count, num_queries=1, num_keys=width,
+            slots=torch.from_numpy(slots.reshape(-1)), visible=visible, is_causal=False,
         )  # fmt: skip
 
     def _plan_prefill(self, start: int, num_queries: int, num_keys: int, table: np.ndarray) -> RowGroup:
@@ -128,11 +138,11 @@ class ReferenceAttention:
             visible = torch.from_numpy((distance >= 0) & (distance < (window or num_keys)))
         return RowGroup(
             tokens=slice(start, start + num_queries), num_rows=1, num_queries=num_queries, num_keys=len(positions),
-            slots=self._slots(table[None], positions[None]), visible=visible, is_causal=is_causal,
+            slots=torch.from_numpy(self._slots(table[None], positions[None])[0]), visible=visible, is_causal=is_causal,
         )  # fmt: skip
 
-    def _slots(self, tables: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Flat slots of positions [R, K], by each row's block table [R, max_blocks]."""
+    def _slots(self, tables: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Flat slots of positions [R, K], by each row's block table [R, max_blocks]; int32."""
         size = self._geometry.block_size
-        blocks = np.take_along_axis(tables, positions // size, axis=1).astype(np.int64)
-        return torch.from_numpy((blocks * size + positions % size).reshape(-1))
+        blocks = tables[np.arange(len(tables))[:, None], positions // size]
+        return (blocks * size + positions % size).astype(np.int32)

@@ -102,11 +102,10 @@ class Rope:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    size = cos.shape[-1]
-    rotated, rest = x[..., :size], x[..., size:]
-    first, second = rotated.chunk(2, dim=-1)
-    turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class SiluMul:
