@@ -145,4 +145,5 @@ class ReferenceAttention:
         """Flat slots of positions [R, K], by each row's block table [R, max_blocks]; int32."""
         size = self._geometry.block_size
         blocks = tables[np.arange(len(tables))[:, None], positions // size]
-        return (blocks * size + positions % size).astype(np.int32)
+        slots: np.ndarray = (blocks * size + positions % size).astype(np.int32)
+        return slots
