@@ -222,12 +222,16 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sequence of an answer. `text` never ends inside a character. finish_reason is None while it runs."""
+    """One sequence of an answer. `text` never ends inside a character. finish_reason is None while it runs.
+
+    logprobs: one entry per token of `token_ids`; None for tokens that an earlier engine gave out (a resumed request), which
+    `cumulative_logprob` leaves out as well.
+    """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob] | None] | None = None
     cumulative_logprob: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

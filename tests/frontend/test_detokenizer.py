@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,3 +51,32 @@ def test_several_tokens_at_once_equal_one_by_one() -> None:
     raw = "naïve 漢字 🙂 text".encode()
     detokenizer = Detokenizer(bytes_decode)
     assert detokenizer.feed(raw[:9]) + detokenizer.feed(raw[9:]) + detokenizer.finish() == raw.decode()
+
+
+def skipping_decode(ids: Sequence[int]) -> str:
+    """Bytes, and special tokens from 256 on that are not shown."""
+    return bytes_decode([i for i in ids if i < 256])
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [[0xFF], [256], [0xE4, 256], [0x80, 0xFF, 257], [0x82, 0xF0, 0x9F, 0x99]],
+    ids=lambda ids: bytes(i % 256 for i in ids).hex(),
+)
+def test_work_per_token_is_bounded(flood: list[int]) -> None:
+    """Counts decoded ids: linear in the tokens, whatever they are, and the text afterwards is whole. Red if the window only grows."""
+    num_decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return skipping_decode(ids)
+
+    detokenizer = Detokenizer(decode)
+    tokens = [*"好".encode(), *(flood * 400), *"é🙂 end".encode()]
+    text = "".join([*(detokenizer.feed((token,)) for token in tokens), detokenizer.finish()])
+    assert num_decoded < 60 * len(tokens)
+    assert text.startswith("好")
+    assert text.endswith("é🙂 end")
+    shown_whole = [c for c in skipping_decode(tokens) if c != "\ufffd"]
+    assert [c for c in text if c != "\ufffd"] == shown_whole

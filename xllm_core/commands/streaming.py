@@ -23,12 +23,12 @@ class Answer:
 
 def stream_answer(processor: Processor, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
     """Run one prompt with n = 1 and write its text to stdout as it becomes certain. An interrupt frees the request and is raised."""
-    processor.submit(prompt, params)
     shown = 0
     output: RequestOutput | None = None
     try:
+        processor.submit(prompt, params)
         while output is None or not output.finished:
-            for output in processor.feed(processor.client.poll()):
+            for output in processor.step():
                 text = output.outputs[0].text
                 sys.stdout.write(text[shown:])
                 sys.stdout.flush()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"
 _MAX_HELD = 3  # an unfinished UTF-8 character has at most three bytes
+_MAX_PENDING = 16  # tokens that brought no whole character; more are looked at no longer
+_NUM_KEPT = _MAX_HELD + 1  # the last tokens, which may still be part of a character
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -34,7 +36,24 @@ class Detokenizer:
             self._window = self._window[self._num_context :]
             self._num_context = len(self._window)
             self._num_sent = len(self._decode(self._window))
+        elif len(self._window) - self._num_context > _MAX_PENDING:
+            new += self._trim(text, held)
         return new
+
+    def _trim(self, text: str, held: int) -> str:
+        """Forget tokens of which nothing can come any more: special tokens that are not shown, or bytes that form no character.
+
+        Without it every further token would decode all of them again. Returns what was held back and is now out of reach.
+        """
+        unsent = text[self._num_sent :]
+        last = self._window[-_NUM_KEPT:] if held else []
+        self._window = self._window[: self._num_context] + last
+        kept = self._decode(self._window)
+        if kept.endswith(unsent):
+            self._num_sent = len(kept) - len(unsent)
+            return ""
+        self._num_sent = len(kept)
+        return unsent
 
     def finish(self) -> str:
         """What was held back, at the end: bytes that never became a character show as U+FFFD."""

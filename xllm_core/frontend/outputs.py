@@ -13,6 +13,7 @@ from xllm_core.frontend.validation import stop_strings
 from xllm_core.types import (
     CompletionOutput,
     EngineRequest,
+    FinishReason,
     Logprob,
     RequestMetrics,
     RequestOutput,
@@ -36,7 +37,8 @@ class _SequenceText:
 class RequestState:
     """One request on the front side. Owns the `RequestOutput` it fills; one thread feeds it.
 
-    A request with emitted tokens starts with their text already said: it counts in `text`, as those tokens count in `token_ids`.
+    A request with emitted tokens starts with their text already said: it counts in `text`, as those tokens count in `token_ids`, and
+    a stop string may begin in it. One that ends in it has finished its sequence before anything is fed; the engine is not told here.
     """
 
     def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer | None) -> None:
@@ -68,9 +70,7 @@ class RequestState:
             output.logprobs = [] if params.logprobs is not None else None
             output.cumulative_logprob = 0.0 if params.logprobs is not None else None
         for text, emitted in zip(self._texts, request.emitted, strict=False):
-            text.output.token_ids.extend(emitted)
-            if text.detokenizer is not None:
-                text.output.text += text.detokenizer.feed(emitted)
+            self._take_emitted(text, emitted)
 
     def feed(self, new: TokenOutput, abort: Abort) -> RequestOutput:
         """Take what the engine gave one sequence. abort(request_id, index) is called when a stop string ended it here."""
@@ -93,15 +93,31 @@ class RequestState:
             metrics.finished_s = now_s
         return output
 
+    def end(self, reason: FinishReason) -> RequestOutput:
+        """Finish the request now: `reason` for every sequence that has none yet."""
+        for output in self.output.outputs:
+            output.finish_reason = output.finish_reason or reason
+        self._num_left = 0
+        self.output.finished = True
+        return self.output
+
+    def _take_emitted(self, text: _SequenceText, emitted: Sequence[int]) -> None:
+        """What an earlier engine said, as if it came again; nobody knows its logprobs any more."""
+        for token in emitted:
+            if text.output.logprobs is not None:
+                text.output.logprobs.append(None)
+            if self._add_token(text, token):
+                self._num_left -= 1
+                return
+
     def _feed_sequence(self, text: _SequenceText, new: TokenOutput, abort: Abort) -> None:
         """Token by token, so that a stop string ends the sequence at the very token that completed it."""
         output = text.output
         for i, token in enumerate(new.new_token_ids):
-            output.token_ids.append(token)
             if new.logprobs is not None and output.logprobs is not None:
                 output.logprobs.append(self._by_token(new.logprobs[i]))
                 output.cumulative_logprob = (output.cumulative_logprob or 0.0) + new.logprobs[i].chosen
-            if text.detokenizer is not None and self._add_text(text, text.detokenizer.feed((token,))):
+            if self._add_token(text, token):
                 abort(self._request_id, output.index)
                 return
         if new.finish_reason is not None:
@@ -109,6 +125,11 @@ class RequestState:
                 return
             output.text += text.stops.finish()
             output.finish_reason, output.stop_reason = new.finish_reason, new.stop_reason
+
+    def _add_token(self, text: _SequenceText, token: int) -> bool:
+        """Append a token and the text that is certain now; True if a stop string ended the sequence."""
+        text.output.token_ids.append(token)
+        return text.detokenizer is not None and self._add_text(text, text.detokenizer.feed((token,)))
 
     def _add_text(self, text: _SequenceText, piece: str) -> bool:
         """Append what may go out; True if a stop string ended the sequence."""

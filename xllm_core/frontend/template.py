@@ -13,6 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from xllm_core.errors import InvalidRequestError, ModelFormatError
+from xllm_core.frontend.validation import shown
 
 Message = Mapping[str, Any]
 
@@ -73,13 +74,27 @@ class ChatTemplate:
 
 
 def check_messages(messages: object) -> None:
-    """A conversation is a list of {"role": str, "content": str, ...}, not empty. Raises InvalidRequestError."""
+    """A conversation is a list of {"role": str, "content": str or list of parts, ...}, not empty. Raises InvalidRequestError.
+
+    `content` may be missing or None only beside `tool_calls`.
+    """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
         raise InvalidRequestError(
-            'messages must be a list like [{"role": "user", "content": "Hello"}], not empty', param="messages"
+            f'a conversation is a list like [{{"role": "user", "content": "Hello"}}] and not empty, got {shown(messages)}',
+            param="messages",
         )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(
-                f"messages[{i}] must be a mapping with a string `role`, got {message!r:.80}", param="messages"
+                f"messages[{i}] must be a mapping with a string `role`, got {shown(message)}", param="messages"
+            )
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            raise InvalidRequestError(
+                f"messages[{i}] has neither `content` nor `tool_calls`; give it a content, be it an empty text",
+                param="messages",
+            )
+        if content is not None and not isinstance(content, str | list | tuple):
+            raise InvalidRequestError(
+                f"messages[{i}]: `content` must be a text or a list of parts, got {shown(content)}", param="messages"
             )

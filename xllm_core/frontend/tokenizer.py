@@ -40,10 +40,6 @@ class Tokenizer:
             return [self._bos_id, *ids]
         return ids
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """As `encode`, for several texts."""
-        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character show as U+FFFD."""
         text: str = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
