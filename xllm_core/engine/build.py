@@ -61,11 +61,15 @@ class BuiltEngine:
 
 def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | None = None) -> LoadedModel:
     """Build the plan's device, kernels, ops and model, and fill it. progress: called as (tensor name, bytes done, bytes in all)."""
-    from xllm_core.runtime.loader import load_weights
+    from xllm_core.runtime.loader import check_weights, load_weights
     from xllm_core.runtime.parts import CoreParts
 
     started_s = time.perf_counter()
     plan, config = assembly.plan, assembly.checkpoint.config
+    weights = assembly.family.weight_map(config)
+    check_weights(
+        assembly.checkpoint, weights
+    )  # before memory is asked for: an absurd size is a message, not an exhausted machine
     device: DeviceBackend = _build(plan.device, plan.device_index)
     if settings.device.num_threads is not None:
         _set_threads(settings.device.num_threads)
@@ -73,7 +77,7 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
     ops = {name: _build(choice, device) for name, choice in plan.ops.items()}
     parts = CoreParts(device=device, dtype=plan.dtype, ops=ops, kernels=kernels)
     model = assembly.family.build(config, parts)
-    load_weights(assembly.checkpoint, assembly.family.weight_map(config), parts, progress=progress)
+    load_weights(assembly.checkpoint, weights, parts, progress=progress)
     return LoadedModel(device, model, kernels, ops, parts, time.perf_counter() - started_s)
 
 

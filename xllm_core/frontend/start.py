@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from xllm_core.plugins.resolve import Assembly, assemble
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.weights import TokenizerFiles
 
+_log = logging.getLogger("xllm.start")
 _SHOW_ABOVE_BYTES = 1 << 30  # loading less is over before a bar is read
 
 
@@ -30,6 +32,8 @@ def start_in_process(
         settings = Settings.from_flags(config_path=config, path=model, **flat)
     assembly = assemble(settings, PluginManager.discover(settings).load())
     files = assembly.checkpoint.tokenizer()
+    for warning in files.extra.get("warnings", ()):
+        _log.warning("%s", warning)
     with ThreadPoolExecutor(1, thread_name_prefix="xllm-tokenizer") as pool:
         opening = pool.submit(_open_tokenizer, files)  # a first conversion takes seconds, as loading weights does
         built = build_engine(assembly, settings, progress=_progress())
