@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from tests.fixtures.tiny_models import load_oracle
 from xllm_core import LLM, SamplingParams
 from xllm_core.errors import (
     ConfigError,
+    EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
     PromptTooLongError,
@@ -18,6 +22,11 @@ from xllm_core.errors import (
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def live_sequences(llm: LLM) -> dict[str, Any]:
+    """What the engine still has to do, by request."""
+    return llm.processor.client.engine.scheduler.live_sequences()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +207,13 @@ def test_prefix_is_cached(llm: LLM) -> None:
         ("abc", SamplingParams(n=17), InvalidRequestError, "n = 17.*16"),
         ("abc", SamplingParams(min_tokens=20, max_tokens=10), InvalidRequestError, "min_tokens = 20 exceeds"),
         ({"prompt": "a", "prompt_token_ids": [1]}, GREEDY, InvalidRequestError, "either prompt or prompt_token_ids"),
+        (b"abc", GREEDY, InvalidRequestError, "prompts are a text.*b'abc'"),
+        ("a\ud800", GREEDY, InvalidRequestError, "prompt holds .* at character 1, which is not valid Unicode"),
+        ("abc", {"temperature": 0}, InvalidRequestError, "SamplingParams or a list of them, got dict"),
+        (["a", "b"], [GREEDY, None], InvalidRequestError, "a SamplingParams, got NoneType"),
+        ("abc", [GREEDY] * 2, InvalidRequestError, "2 sampling parameters for 1 prompts"),
+        ("abc", SamplingParams(min_tokens=600, max_tokens=None), InvalidRequestError, "min_tokens = 600.*to 509"),
+        (["fine", [3] * 511 + [4] * 9], GREEDY, PromptTooLongError, r"prompts\[1\]"),
         ({"promt": "a"}, GREEDY, InvalidRequestError, "promt"),
         (7, GREEDY, InvalidRequestError, "prompts are a text"),
         ({"prompt": "a", "priority": "high"}, GREEDY, InvalidRequestError, "priority = 'high'"),
@@ -212,7 +228,7 @@ def test_bad_requests_are_refused_and_disturb_nobody(
     before = llm.generate("canary", GREEDY)[0].outputs[0].token_ids
     with pytest.raises(error, match=words):
         llm.generate(prompt, params)  # type: ignore[arg-type]
-    assert not llm.processor.client.has_work or not llm.processor._states
+    assert live_sequences(llm) == {}
     assert llm.generate("canary", GREEDY)[0].outputs[0].token_ids == before
 
 
@@ -220,6 +236,7 @@ def test_one_bad_prompt_refuses_the_call_and_frees_its_neighbours(llm: LLM) -> N
     """All or nothing: what was queued before the bad prompt is dropped again."""
     with pytest.raises(InvalidRequestError):
         llm.generate(["good", "also good", ""], GREEDY)
+    assert live_sequences(llm) == {}
     assert llm.generate("good", GREEDY)[0].finished
 
 
@@ -239,3 +256,115 @@ def test_unknown_models_say_what_was_tried() -> None:
         LLM("/no/such/model")
     with pytest.raises(ConfigError, match=r"max_num_seq.*did you mean 'max_num_seqs'"):
         LLM("/no/such/model", max_num_seq=3)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ({"role": "user", "content": "x"}, "a conversation is a list like"), (None, "got None"), ([], r"not empty, got \[\]"), ("hi", "got 'hi'"),
+        ([[]], "not empty"), ([{"role": "user"}], r"messages\[0\] has neither"), ([{"role": "user", "content": 5}], "must be a text or a list"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": None}], r"messages\[1\] has neither"),
+        ([{"role": "user", "content": "\ud83d"}], "messages holds .* not valid Unicode"), ([[{"role": "user", "content": "x"}], None], "got None"),
+    ],
+)  # fmt: skip
+def test_bad_conversations_are_refused(llm: LLM, messages: Any, words: str) -> None:
+    """Red if `chat([])` returns nothing, or a mapping is taken for several conversations."""
+    with pytest.raises(InvalidRequestError, match=words):
+        llm.chat(messages, GREEDY)
+
+
+def test_arrays_are_token_ids(llm: LLM) -> None:
+    """Rows of an array are prompts. Red if only lists of `int` pass."""
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    want = [o.outputs[0].token_ids for o in llm.generate(ids.tolist(), GREEDY)]
+    assert [o.outputs[0].token_ids for o in llm.generate(list(ids), GREEDY)] == want
+    assert llm.generate(ids[0], GREEDY)[0].outputs[0].token_ids == want[0]  # type: ignore[arg-type]
+
+
+def test_more_prompts_than_may_wait(tiny_model: str) -> None:
+    """The queue's bound is no bound on a call. Red if QueueFullError comes through."""
+    prompts = [[3 + i, 5, 7] for i in range(20)]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_waiting=2, max_num_seqs=3) as llm:
+        narrow = llm.generate(prompts, params)
+        with pytest.raises(PromptTooLongError, match=r"prompts\[19\]"):
+            llm.generate([*prompts[:19], [3] * 512], params)
+        assert live_sequences(llm) == {}
+    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24) as llm:
+        wide = llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in narrow] == [o.outputs[0].token_ids for o in wide]
+    assert [o.prompt_token_ids for o in narrow] == prompts
+
+
+def test_a_closed_model_says_so(tiny_model: str) -> None:
+    """Red if a closed engine is stepped, or closed again."""
+    llm = LLM(tiny_model, dtype="float32", memory_bytes=1 << 24)
+    llm.close()
+    llm.close()
+    for ask in (
+        lambda: llm.generate("x"),
+        lambda: llm.chat([{"role": "user", "content": "x"}]),
+        lambda: llm.generate([]),
+    ):
+        with pytest.raises(EngineDeadError, match="closed"):
+            ask()
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.processor.submit("x", GREEDY)
+
+
+def test_a_stop_string_ends_its_own_sequence(llm: LLM) -> None:
+    """n > 1: the others go on to their length, as without the stop. Red if the whole request is aborted."""
+    params = SamplingParams(n=4, temperature=1.5, seed=11, max_tokens=30, ignore_eos=True, skip_special_tokens=False)
+    free = llm.generate("abc", params)[0].outputs
+    texts = [o.text for o in free]
+    stop = next(
+        texts[0][i : i + 2]
+        for i in range(8, len(texts[0]) - 2)
+        if all(texts[0][i : i + 2] not in other for other in texts[1:])
+    )
+    cut = llm.generate("abc", replace(params, stop=[stop]))[0].outputs
+    assert (cut[0].text, cut[0].finish_reason, cut[0].stop_reason) == (texts[0].split(stop)[0], "stop", stop)
+    assert [(o.text, o.finish_reason) for o in cut[1:]] == [(text, "length") for text in texts[1:]]
+    assert live_sequences(llm) == {}
+
+
+def test_a_resumed_answer_stops_where_the_whole_one_did(llm: LLM) -> None:
+    """The stop string lies across the border, or before it. Red if emitted text passes the stop strings by."""
+    params = SamplingParams(temperature=1.0, seed=2, max_tokens=40, ignore_eos=True, skip_special_tokens=False)
+    free = llm.generate("stops", params)[0].outputs[0]
+    stop = next(
+        free.text[i : i + 3]
+        for i in range(6, 30)
+        if free.text.find(free.text[i : i + 3]) == i and free.text[i : i + 3].isascii()
+    )
+    params = replace(params, stop=stop, logprobs=0)
+    whole = llm.generate("stops", params)[0].outputs[0]
+    assert whole.finish_reason == "stop"
+    for num_emitted in range(len(whole.token_ids) - 4, len(whole.token_ids)):
+        cut = llm.generate({"prompt": "stops", "emitted_token_ids": free.token_ids[:num_emitted]}, params)[0].outputs[0]
+        assert (cut.text, cut.token_ids, cut.stop_reason) == (whole.text, whole.token_ids, stop)
+        assert cut.logprobs is not None and whole.logprobs is not None
+        assert cut.logprobs[:num_emitted] == [None] * num_emitted
+        assert [list(e or ()) for e in cut.logprobs[num_emitted:]] == [
+            list(e or ()) for e in whole.logprobs[num_emitted:]
+        ]
+    with pytest.raises(InvalidRequestError, match="nothing to resume"):
+        llm.generate({"prompt": "stops", "emitted_token_ids": free.token_ids}, params)
+    assert live_sequences(llm) == {}
+    two = llm.generate({"prompt": "stops", "emitted_token_ids": [free.token_ids[:-1], [5]]}, replace(params, n=2))[0]
+    assert (two.outputs[0].text, two.outputs[0].finish_reason) == (whole.text, "stop")
+    assert len(two.outputs[1].token_ids) > 1
+
+
+def test_prompt_logprobs_with_several_answers(llm: LLM) -> None:
+    """Reported once, whatever n. Red if every sequence reports them."""
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=3, prompt_logprobs=1, ignore_eos=True)
+    prompt = list(range(20, 60))
+    one = llm.generate(prompt, params)[0].prompt_logprobs
+    three = llm.generate(prompt, replace(params, n=3))[0]
+    assert one is not None and three.prompt_logprobs is not None
+    assert len(three.prompt_logprobs) == len(prompt)
+    for token, a, b in zip(prompt[1:], one[1:], three.prompt_logprobs[1:], strict=True):
+        assert a is not None and b is not None
+        assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4)
+    assert len(three.outputs) == 3
