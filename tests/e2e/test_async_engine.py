@@ -290,7 +290,7 @@ def test_items_share_nothing_that_changes(engine: AsyncEngine) -> None:
 
 def test_callers_whose_loop_is_gone_leave_nothing_behind(engine: AsyncEngine) -> None:
     """The loop closes before anybody could tell it anything; the engine stops their requests and rests. Red if it waits for the loop."""
-    gate = threading.Event()
+    gate, num_aborted = threading.Event(), scheduler(engine).stats.num_aborted
 
     async def main() -> None:
         engine._commands.put(gate.wait)  # the engine's thread comes to what follows when this loop is closed
@@ -306,6 +306,7 @@ def test_callers_whose_loop_is_gone_leave_nothing_behind(engine: AsyncEngine) ->
     async def after() -> str:
         await wait_until_idle(engine)
         assert engine._streams == {}
+        assert scheduler(engine).stats.num_aborted == num_aborted + 1
         return (await collect(engine, "next"))[-1].outputs[0].finish_reason or ""
 
     assert asyncio.run(asyncio.wait_for(after(), 20)) == "length"
