@@ -21,8 +21,8 @@ class SamplingParams:
     Checked by `xllm_core.frontend.validation`, which knows vocabulary and limits; construction only stores.
 
     n: sequences per prompt. max_tokens: None means "as many as the context leaves".
-    temperature: 0 is greedy. top_k: 0 or -1 is off. top_p: (0, 1]. min_p: [0, 1], relative to the likeliest token.
-    repetition_penalty: > 0, over prompt and output. frequency_penalty, presence_penalty: over output.
+    temperature: 0 is greedy, else 1e-5 to 2. top_k: 0 or -1 is off. top_p: (0, 1]. min_p: [0, 1], relative to the likeliest token.
+    repetition_penalty: 1e-3 to 1e3, over prompt and output. frequency_penalty, presence_penalty: -2 to 2, over output.
     seed: int64; None draws one per request, so that a replay of that request still repeats it.
     stop: strings that end the text, found by the front side; stop_token_ids: found by the engine.
     logprobs: number of likeliest tokens to report beside the chosen one; None is off. prompt_logprobs: the same for the prompt.
