@@ -162,7 +162,7 @@ class Verifier:
         size = self._plan.block_size
         longest = max(self._scale.lengths) + self._scale.new_tokens
         with self._engine(
-            max_num_seqs=len(self._requests), num_blocks=-(-longest // size) + 2, max_num_batched_tokens=64
+            max_num_seqs=len(self._requests), num_blocks=-(-longest // size), max_num_batched_tokens=64
         ) as engine:
             return Outcome(drive(engine, self._requests), engine.scheduler.stats.num_preemptions, "preemptions")
 
