@@ -15,6 +15,7 @@ from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from xllm_core.errors import (
     EngineDeadError,
     InvalidRequestError,
+    PluginError,
     PromptTooLongError,
     QueueFullError,
     RequestTooLargeError,
@@ -300,6 +301,19 @@ def test_an_id_used_again_does_not_hear_of_its_predecessor(make_rig: MakeRig) ->
     rig.engine.abort("a")
     got = rig.run([request("a", [5], 3)])
     assert got == {("a", 0): expected_tokens(request("a", [5], 3), 0, vocab_size=VOCAB, max_new=3)}
+
+
+def test_a_policy_that_breaks_its_contract_is_named(make_rig: MakeRig) -> None:
+    """Red if what it chose is quietly cut to size."""
+
+    class Greedy(Fcfs):
+        def chunk(self, view: SequenceView, budget_tokens: int) -> int:
+            return view.todo_tokens + 1
+
+    rig = make_rig(64, policy=Greedy())
+    rig.engine.submit(request("a", [1] * 5, 2))
+    with pytest.raises(PluginError, match="Greedy wants 6 tokens of a sequence that has 5 to go"):
+        rig.engine.step()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])

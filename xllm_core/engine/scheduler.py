@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from xllm_core.engine.flight import Flight
 from xllm_core.engine.sequence import Sequence, Status
-from xllm_core.errors import InvalidRequestError, PromptTooLongError, QueueFullError, RequestTooLargeError
+from xllm_core.errors import InvalidRequestError, PluginError, PromptTooLongError, QueueFullError, RequestTooLargeError
 from xllm_core.kv.manager import KVManager, Lookup, SequenceKV
 from xllm_core.plugins.contracts.scheduler import SchedulerPolicy
 from xllm_core.types import EngineRequest, FinishReason, StepPlan, StepResult, TokenOutput
@@ -289,7 +289,12 @@ class Scheduler:
         """Tokens of a gap wider than one to compute now; 0 leaves the sequence for a later step."""
         if self.limits.max_chunk_tokens:
             budget = min(budget, self.limits.max_chunk_tokens)
-        want = max(0, min(self.policy.chunk(sequence.view(), budget), todo, budget))
+        want = self.policy.chunk(sequence.view(), budget)
+        if not 0 <= want <= min(todo, budget):
+            raise PluginError(
+                f"scheduling policy {type(self.policy).__name__} wants {want} tokens of a sequence that has {todo} to go and a budget of"
+                f" {budget}; it must choose from 0 to the smaller of the two"
+            )
         self.stats.num_chunked += 0 < want < todo
         return want
 
