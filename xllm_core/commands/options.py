@@ -13,7 +13,12 @@ from xllm_core.types import SamplingParams
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _SAMPLING = (
-    click.option("--max-tokens", type=int, default=None, help="Most new tokens of an answer; default 128 for generate, 512 for chat."),
+    click.option(
+        "--max-tokens",
+        type=int,
+        default=None,
+        help="Most new tokens of an answer; default 128 for generate, 512 for chat.",
+    ),
     click.option("--min-tokens", type=int, default=None, help="New tokens before which nothing ends the text."),
     click.option("--temperature", type=float, default=None, help="0 is greedy; default is the model's own."),
     click.option("--top-p", type=float, default=None, help="Nucleus: smallest set of tokens with this probability."),
