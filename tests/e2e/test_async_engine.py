@@ -304,6 +304,8 @@ def test_callers_whose_loop_is_gone_leave_nothing_behind(engine: AsyncEngine) ->
     gate.set()
 
     async def after() -> str:
+        while scheduler(engine).stats.num_aborted == num_aborted:  # bounded by the wait_for below
+            await asyncio.sleep(0.01)
         await wait_until_idle(engine)
         assert engine._streams == {}
         assert scheduler(engine).stats.num_aborted == num_aborted + 1
