@@ -36,7 +36,7 @@ def wrong_names(text: str, folder: Path) -> list[str]:
     wrong += [
         f"make {name}" for name in re.findall(r"(?:^|[`$;&] ?)make ([a-z]+)", code, re.MULTILINE) if name not in TARGETS
     ]
-    named = re.findall(r"(?:^|[`$;&] ?)(?:\.venv/bin/)?xllm ([a-z-]+)", code, re.MULTILINE)
+    named = re.findall(r"(?:^|[`$;&] ?)(?:\.venv/bin/)?xllm ([a-z][a-z-]*)", code, re.MULTILINE)
     wrong += [f"xllm {name}" for name in named if name not in COMMANDS]
     for table, key in re.findall(r"\[([a-z]+)\] ([a-z_]+)", code):
         if table in _TABLES and key not in _TABLES[table].model_fields:
