@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm_core.engine.flight import Flight
+from xllm_core.engine.limits import AdmissionLimits
 from xllm_core.engine.sequence import Sequence, Status
-from xllm_core.errors import InvalidRequestError, PluginError, PromptTooLongError, QueueFullError, RequestTooLargeError
+from xllm_core.errors import InvalidRequestError, PluginError, QueueFullError
 from xllm_core.kv.manager import KVManager, Lookup, SequenceKV
 from xllm_core.plugins.contracts.scheduler import SchedulerPolicy
 from xllm_core.types import EngineRequest, FinishReason, StepPlan, StepResult, TokenOutput
@@ -50,6 +51,14 @@ class SchedulerStats:
     num_finished: int = 0
 
 
+@dataclass(slots=True)
+class SchedulerEvents:
+    """Ids of requests in the order in which they left the queue for the first time, and of those that lost their place again."""
+
+    admitted: list[str] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+
+
 _NOTHING = TokenOutput("", 0, ())
 
 
@@ -60,7 +69,11 @@ class Scheduler:
         self.kv = kv
         self.policy = policy
         self.limits = limits
+        self.admission = AdmissionLimits(
+            limits.max_model_len, kv.capacity_tokens, limits.max_num_seqs, uses_priority=policy.uses_priority
+        )
         self.stats = SchedulerStats()
+        self.events: SchedulerEvents | None = None  # kept only where somebody takes them
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.parked: list[Sequence] = []  # WAITING_KV
@@ -77,45 +90,6 @@ class Scheduler:
 
     # ---- requests in and out -------------------------------------------------------------------------------------------
 
-    def check(self, request: EngineRequest) -> int:
-        """The length at which `request` ends at the latest, in tokens; raises RequestError for what can never run here."""
-        params, prompt = request.params, len(request.prompt_token_ids)
-        context, capacity = self.limits.max_model_len, self.kv.capacity_tokens
-        if prompt >= context:
-            raise PromptTooLongError(request.request_id, prompt_tokens=prompt, max_model_len=context)
-        max_tokens = params.max_tokens
-        if max_tokens is None:
-            max_tokens = max(1, min(context, capacity + 1) - prompt)
-        elif prompt + max_tokens > context:
-            raise InvalidRequestError(
-                f"request {request.request_id!r}: prompt {prompt} + max_tokens {max_tokens} exceeds the context of {context} tokens; "
-                f"lower max_tokens to {context - prompt} or shorten the prompt",
-                param="max_tokens",
-            )
-        if prompt + max_tokens - 1 > capacity:
-            raise RequestTooLargeError(
-                request.request_id, prompt_tokens=prompt, max_tokens=max_tokens, capacity_tokens=capacity
-            )
-        if request.priority and not self.policy.uses_priority:
-            raise InvalidRequestError(
-                f"request {request.request_id!r}: priority = {request.priority}, and the scheduling policy in use does not read priorities; "
-                'leave it at 0, or start with [use] scheduler = "priority"',
-                param="priority",
-            )
-        if params.n > self.limits.max_num_seqs:
-            raise InvalidRequestError(
-                f"request {request.request_id!r}: n = {params.n} sequences do not fit [scheduler] max_num_seqs = "
-                f"{self.limits.max_num_seqs}; lower n or raise the setting",
-                param="n",
-            )
-        if any(len(tokens) > max_tokens for tokens in request.emitted):
-            raise InvalidRequestError(
-                f"request {request.request_id!r}: {max(map(len, request.emitted))} tokens are emitted already, max_tokens is {max_tokens};"
-                " raise max_tokens, or do not resume what is over",
-                param="emitted",
-            )
-        return prompt + max_tokens
-
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises RequestError and leaves no trace if it can never run or too many wait."""
         if request.request_id in self._requests:
@@ -125,7 +99,7 @@ class Scheduler:
                 f"{len(self.waiting) + len(self.parked)} sequences wait already ([scheduler] max_waiting = {self.limits.max_waiting});"
                 " try again later"
             )
-        max_len = self.check(request)
+        max_len = self.admission.check(request)
         num_roots = len(request.emitted) or 1
         order = self._num_arrivals
         self._num_arrivals += 1
@@ -282,6 +256,8 @@ class Scheduler:
         victim.sample_step = -2
         victim.num_preemptions += 1
         self.stats.num_preemptions += 1
+        if self.events is not None:
+            self.events.preempted.append(victim.request_id)
         self.waiting.appendleft(victim)
         self._is_order_stale = True
 
@@ -342,6 +318,8 @@ class Scheduler:
         sequence.num_computed, sequence.parked_s = num_cached, None
         sequence.num_cached = max(sequence.num_cached, min(num_cached, sequence.num_prompt))
         self._num_seats += sequence.num_seats
+        if self.events is not None and sequence.index == 0 and not sequence.num_preemptions:
+            self.events.admitted.append(sequence.request_id)
         self.running.append(sequence)
         plan.admitted.append(sequence.slot_state())
 

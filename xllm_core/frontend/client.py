@@ -75,7 +75,7 @@ class InProcessClient:
     def check(self, request: EngineRequest) -> None:
         """Raise what `submit` would raise with an empty queue for the request's lengths."""
         self._require_open()
-        self.engine.scheduler.check(request)
+        self.engine.scheduler.admission.check(request)
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request."""
