@@ -204,11 +204,15 @@ class StepResult:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens."""
+    """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens.
+
+    forward_ended_s: `time.perf_counter` after the last call of the forward (a device may still be busy with it).
+    """
 
     prepare_s: float = 0.0
     forward_s: float = 0.0
     sample_s: float = 0.0
+    forward_ended_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ def workload(chance: random.Random, count: int, *, has_priorities: bool = False)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000), blocks=st.sampled_from((20, 28, 60)), chunk=st.sampled_from((0, 3, 7)), depth=st.sampled_from((1, 2)),
-    window=st.sampled_from((None, 9)), has_store=st.booleans(), policy=st.sampled_from((Fcfs, Priority)),
+    window=st.sampled_from((None, 9)), has_store=st.booleans(), policy=st.sampled_from((Fcfs, Priority)), is_threaded=st.booleans(),
 )  # fmt: skip
 def test_every_sequence_gets_its_own_tokens(
     make_rig: MakeRig,
@@ -51,13 +51,16 @@ def test_every_sequence_gets_its_own_tokens(
     window: int | None,
     has_store: bool,
     policy: type[Fcfs],
+    is_threaded: bool,
 ) -> None:
     """Whatever is switched on, outputs equal what the prefix alone determines, everybody finishes and nothing stays held.
 
     Red under each of: not resetting num_computed on preemption; forking without copy on write; committing before the forward; pointing
     prev_rows at the step before last; releasing a slot twice.
     """
-    rig = make_rig(blocks, window=window, depth=depth, has_store=has_store, policy=policy(), max_chunk_tokens=chunk)
+    rig = make_rig(
+        blocks, window=window, depth=depth, has_store=has_store, policy=policy(), max_chunk_tokens=chunk, is_threaded=is_threaded,
+    )  # fmt: skip
     requests = workload(random.Random(seed), 10, has_priorities=policy is Priority)
     got = rig.run(requests)
     for r in requests:
@@ -79,14 +82,14 @@ def test_pressure_really_preempts(make_rig: MakeRig) -> None:
     assert rig.engine.scheduler.stats.num_forks > 0
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_thousand_aborts_leak_nothing(make_rig: MakeRig, depth: int) -> None:
+@pytest.mark.parametrize(("depth", "is_threaded"), [(1, False), (2, False), (2, True)])
+def test_a_thousand_aborts_leak_nothing(make_rig: MakeRig, depth: int, is_threaded: bool) -> None:
     """Requests cut at random points of their life give back blocks, slots and seats, and their neighbours' tokens stay right.
 
     Red if `_leave` forgets the slot, if abort leaves the sequence in `running`, or if a late result is given to a sequence that has gone.
     """
     chance = random.Random(depth)
-    rig = make_rig(24, depth=depth, max_num_seqs=6, has_store=depth == 1)
+    rig = make_rig(24, depth=depth, max_num_seqs=6, has_store=depth == 1 or is_threaded, is_threaded=is_threaded)
     engine, cut = rig.engine, 0
     survivors: dict[str, EngineRequest] = {}
     serial = 0

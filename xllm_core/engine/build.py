@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xllm_core.engine.engine import Engine
-from xllm_core.engine.executor import InProcessExecutor
+from xllm_core.engine.executor import InProcessExecutor, ThreadExecutor
 from xllm_core.engine.metrics import StepLog
 from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from xllm_core.errors import ConfigError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from xllm_core.plugins.resolve import Assembly
     from xllm_core.runtime.parts import CoreParts
     from xllm_core.runtime.worker import Worker
+
+log = logging.getLogger("xllm.engine")
 
 _MEMORY_SHARE = 0.25  # of what is free, for KV, where the user gives no number
 _WINDOW_SPARE_BLOCKS = 2
@@ -112,8 +115,25 @@ def build_engine(
     )  # fmt: skip
     scheduler = Scheduler(kv, _build(plan.scheduler), limits)
     step_log = StepLog([_build(choice) for choice in plan.observers])
-    engine = Engine(scheduler, InProcessExecutor(worker), vocab_size=vocab_size, step_log=step_log)
+    depth = plans_in_flight(geometry.groups, wants_overlap=getattr(settings.engine, "overlap", False))
+    executor = ThreadExecutor(worker) if depth > 1 else InProcessExecutor(worker)
+    engine = Engine(scheduler, executor, vocab_size=vocab_size, step_log=step_log, depth=depth)
     return BuiltEngine(engine, worker, geometry, loaded, store)
+
+
+def plans_in_flight(groups: Sequence[KVGroupSpec], *, wants_overlap: bool) -> int:
+    """2 where a step can be planned while the one before it runs, else 1."""
+    if not wants_overlap:
+        return 1
+    recurrent = [group.name for group in groups if group.kind == "recurrent"]
+    if recurrent:
+        log.info(
+            "[engine] overlap has no effect on this model: snapshots of its recurrent KV groups %s must be taken before the next forward "
+            "overwrites the state, so each step is planned when the one before it has ended",
+            recurrent,
+        )
+        return 1
+    return 2
 
 
 def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend) -> KVGeometry:

@@ -77,6 +77,11 @@ class Engine:
         """Whether `step` has anything to do."""
         return self.scheduler.has_work
 
+    @property
+    def num_in_flight(self) -> int:
+        """Plans handed over whose results are not in."""
+        return len(self._running)
+
     def step(self) -> list[TokenOutput]:
         """Schedule, execute, sample, update, emit: one pass. Returns the new tokens of every sequence that got some.
 
@@ -108,10 +113,12 @@ class Engine:
             raise EngineDeadError(f"a step of this engine failed ({cause}); start a new one") from self._failure
 
     def close(self) -> None:
-        """Stop the worker and the observers. What is unfinished stays unfinished."""
+        """Stop the worker and the observers; waits for the forward that runs, if one does. What is unfinished stays unfinished."""
         self._running.clear()
-        self.executor.close()
-        self.step_log.close()
+        try:
+            self.executor.close()
+        finally:
+            self.step_log.close()
 
     def _launch(self) -> None:
         started_s = time.perf_counter()
@@ -134,6 +141,7 @@ class Engine:
                 forward_s=times.forward_s,
                 sample_s=times.sample_s,
                 emit_s=emit_s,
+                forward_ended_s=times.forward_ended_s,
                 num_rows=len(step.plan.slots),
                 num_tokens=step.plan.num_tokens,
                 num_running=len(scheduler.running),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import queue
+import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from xllm_core.errors import EngineDeadError
 from xllm_core.types import StepPlan, StepResult, StepTimes
 
 
 class StepHandle(Protocol):
-    """A forward under way."""
+    """A forward under way. times: whole when the result of the step is there, not before."""
 
-    times: StepTimes
+    @property
+    def times(self) -> StepTimes:
+        """What the step cost."""
 
 
 class StepFuture(Protocol):
@@ -22,7 +29,7 @@ class StepFuture(Protocol):
 
 
 class StepWorker(Protocol):
-    """What an executor drives; `xllm_core.runtime.worker.Worker` is one."""
+    """What an executor drives, from one thread, which need not be the one that built it; `xllm_core.runtime.worker.Worker` is one."""
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """Apply the plan's state changes and run the forward."""
@@ -38,7 +45,7 @@ class Executor(Protocol):
     """Runs plans in the order given. `execute` and `sample` may return before the work is done."""
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Hand over a plan."""
+        """Hand over a plan, which belongs to the worker from now on: read it, but change nothing in it."""
 
     def sample(self, handle: StepHandle) -> StepFuture:
         """Ask for its tokens."""
@@ -74,3 +81,140 @@ class InProcessExecutor:
     def close(self) -> None:
         """Close the worker."""
         self._worker.close()
+
+
+class ThreadExecutor:
+    """One worker on a thread of its own, so that the engine plans a step while the worker computes the one before.
+
+    Plans run in the order given. After the first error nothing runs any more: every later result raises that error. The thread sleeps
+    while there is nothing to do; it ends with `close`, when nobody holds the executor any more, or when the interpreter ends.
+    """
+
+    def __init__(self, worker: StepWorker) -> None:
+        self._driver = _Driver(worker)
+        self._thread = threading.Thread(target=self._driver.run, name="xllm-worker", daemon=True)
+        # The thread holds the driver, not the executor: an engine that is dropped without `close` does not live on in it.
+        self._stop = weakref.finalize(self, self._driver.stop)
+        self._thread.start()
+        _open.add(self)
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Hand the plan over; returns at once. Raises EngineDeadError after `close`."""
+        if not self._stop.alive:
+            raise _closed()
+        handle = _ThreadHandle(plan)
+        self._driver.jobs.put(handle)
+        return handle
+
+    def sample(self, handle: StepHandle) -> StepFuture:
+        """Ask for the tokens of a handle of this executor; returns at once."""
+        if not self._stop.alive:
+            raise _closed()
+        assert isinstance(handle, _ThreadHandle)
+        future = _ThreadFuture(handle)
+        self._driver.jobs.put(future)
+        return future
+
+    def close(self) -> None:
+        """Let the call that runs now end, drop what comes after it, close the worker, end the thread. Raises what closing the worker raised.
+
+        Safe to call twice, and after an interrupt.
+        """
+        self._stop()
+        self._thread.join()
+        _open.discard(self)
+        error, self._driver.close_error = self._driver.close_error, None
+        if error is not None:
+            raise error
+
+
+class _ThreadHandle:
+    """A plan that waits for the worker, is there, or was. own: the worker's handle, set by its thread."""
+
+    __slots__ = ("own", "plan")
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
+        self.own: StepHandle | None = None
+
+    @property
+    def times(self) -> StepTimes:
+        return self.own.times if self.own is not None else StepTimes()
+
+    def run(self, worker: StepWorker) -> None:
+        self.own = worker.execute(self.plan)
+
+    def settle(self, failure: BaseException | None) -> None:
+        """Nobody waits for a forward, only for its tokens."""
+
+
+class _ThreadFuture:
+    """Tokens that the worker's thread owes. It holds the lock until it has settled them: the cheapest way to wait that Python has."""
+
+    __slots__ = ("_error", "_handle", "_lock", "_value")
+
+    def __init__(self, handle: _ThreadHandle) -> None:
+        self._handle = handle
+        self._value: StepResult | None = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def result(self) -> StepResult:
+        with self._lock:
+            pass
+        if self._value is not None:
+            return self._value
+        assert self._error is not None
+        raise self._error
+
+    def run(self, worker: StepWorker) -> None:
+        self._value = worker.sample(self._handle.own)
+
+    def settle(self, failure: BaseException | None) -> None:
+        self._error = failure
+        self._lock.release()
+
+
+class _Driver:
+    """What the thread runs. jobs: in the order of the calls, None at the end."""
+
+    def __init__(self, worker: StepWorker) -> None:
+        self.jobs: queue.SimpleQueue[_ThreadHandle | _ThreadFuture | None] = queue.SimpleQueue()
+        self.close_error: BaseException | None = None
+        self._worker = worker
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            if self._failure is None:
+                try:
+                    job.run(self._worker)
+                except BaseException as error:  # noqa: BLE001  whatever it is, it is raised where the result is asked for
+                    self._failure = error
+            job.settle(self._failure)
+            del job  # not to hold a step's logits while waiting for the next
+        try:
+            self._worker.close()
+        except BaseException as error:  # noqa: BLE001  raised again by the caller of `close`
+            self.close_error = error
+
+    def stop(self) -> None:
+        """Drop what has not begun, and end. Also called by the garbage collector, so it takes no lock and waits for nothing."""
+        if self._failure is None:
+            self._failure = _closed()
+        self.jobs.put(None)
+
+
+def _closed() -> EngineDeadError:
+    return EngineDeadError("the engine was closed; start a new one")
+
+
+_open: weakref.WeakSet[ThreadExecutor] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread inside a forward while the interpreter is taken down around it would crash: wait for the end of the call."""
+    for executor in list(_open):
+        executor.close()

@@ -13,13 +13,14 @@ from xllm_core.types import StepPlan
 class Flight:
     """One step under way. A sequence whose `kv` is another by then has left or was preempted; its result is dropped.
 
-    commits: (sequence, kv, tokens computed) of rows that complete a block. samples: per sample of the plan. scored: (sequence,
-    kv, first position) per entry of `plan.prompt_logprobs`.
+    commits: (sequence, kv, tokens computed) of rows that complete a block. samples: per sample of the plan. partial: of rows that
+    sample nothing. scored: (sequence, kv, first position) per entry of `plan.prompt_logprobs`.
     """
 
     plan: StepPlan
     commits: list[tuple[Sequence, SequenceKV, int]] = field(default_factory=list)
     samples: list[tuple[Sequence, SequenceKV]] = field(default_factory=list)
+    partial: list[tuple[Sequence, SequenceKV]] = field(default_factory=list)
     scored: list[tuple[Sequence, SequenceKV, int]] = field(default_factory=list)
 
     def add_row(self, sequence: Sequence, want: int) -> bool:
@@ -49,6 +50,8 @@ class Flight:
             self.scored.append((sequence, kv, start))
         if is_sampled:
             self.add_sample(sequence, kv, row)
+        else:
+            self.partial.append((sequence, kv))
         return is_sampled
 
     def add_sample(self, sequence: Sequence, kv: SequenceKV, row: int) -> None:

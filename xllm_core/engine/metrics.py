@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -71,6 +72,12 @@ class StepLog:
                     alive.remove(observer)
         for observer in alive:
             observer.close()
+
+
+def early_share(records: Sequence[StepRecord]) -> float:
+    """Of consecutive steps, which share was planned before the forward of the one before had ended: what overlap is about. 0 for none."""
+    pairs = [(a, b) for a, b in itertools.pairwise(records) if b.step == a.step + 1]
+    return sum(b.started_s < a.forward_ended_s for a, b in pairs) / max(1, len(pairs))
 
 
 class LogObserver:

@@ -38,7 +38,8 @@ class SchedulerLimits:
 @dataclass(slots=True)
 class SchedulerStats:
     """Counts since start: steps planned; sequences preempted; rows that computed a part of their gap; siblings forked; sequences that
-    went aside for a store, and those that gave up on it; sequences aborted and ended.
+    went aside for a store, and those that gave up on it; sequences aborted and ended; rows computed in vain, because their sequence had
+    ended, was aborted or preempted while the step ran (a row that is sampled for several counts for each).
     """
 
     num_steps: int = 0
@@ -49,6 +50,7 @@ class SchedulerStats:
     num_store_timeouts: int = 0
     num_aborted: int = 0
     num_finished: int = 0
+    num_wasted_rows: int = 0
 
 
 @dataclass(slots=True)
@@ -390,10 +392,12 @@ class Scheduler:
         outputs, self._over_already = self._over_already, []
         if flight.scored:
             self._score_prompts(flight, result, outputs)
+        num_wasted = sum(sequence.kv is not kv for sequence, kv in flight.partial)
         num_finished = 0
         for (sequence, kv), accepted in zip(flight.samples, result.token_ids, strict=True):
             if sequence.kv is not kv:
                 outputs.append(_NOTHING)  # finished, aborted or preempted while the step ran
+                num_wasted += 1
                 continue
             sequence.num_pending -= 1
             new, reason, stop = accepted, None, None
@@ -417,6 +421,7 @@ class Scheduler:
         if num_finished:
             self.running = [s for s in self.running if s.status is Status.RUNNING]
             self.stats.num_finished += num_finished
+        self.stats.num_wasted_rows += num_wasted
         return [output for output in outputs if output is not _NOTHING]
 
     @staticmethod

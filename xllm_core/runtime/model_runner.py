@@ -53,6 +53,7 @@ class ModelRunner:
         started_s = time.perf_counter()
         handle = RunnerHandle(plan)
         if plan.is_empty:
+            handle.times.forward_ended_s = started_s
             return handle
         with torch.inference_mode():
             inputs = self._inputs.gather(plan, self._previous)
@@ -67,7 +68,8 @@ class ModelRunner:
             if plan.prompt_logprobs:
                 handle.hidden, handle.inputs = hidden, inputs
         handle.times.prepare_s = prepared_s - started_s
-        handle.times.forward_s = time.perf_counter() - prepared_s
+        handle.times.forward_ended_s = time.perf_counter()
+        handle.times.forward_s = handle.times.forward_ended_s - prepared_s
         return handle
 
     def sample(self, handle: RunnerHandle) -> StepResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class ChecksumWorker:
         for slot, start, length, previous in zip(plan.slots, plan.starts, plan.lengths, plan.prev_rows, strict=True):
             tokens = [self._previous[previous]] if previous >= 0 else [next(given) for _ in range(length)]
             checksums.append(self._compute(slot, start, tokens))
-        return FakeHandle(plan, checksums)
+        return FakeHandle(plan, checksums, StepTimes(forward_ended_s=time.perf_counter()))
 
     def sample(self, handle: FakeHandle) -> StepResult:
         """The next token of every sample: a function of the prefix (and of seed and index, if the request is seeded)."""

@@ -9,7 +9,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One engine step. Times are seconds; the split adds up to the step."""
+    """One engine step. Durations are seconds on the thread that did the work; without overlap they add up to the step.
+
+    started_s, forward_ended_s: `time.perf_counter` when scheduling began, and when the worker had made its last call of the forward. A
+    step was planned while the one before it ran if it started before that one's forward had ended.
+    """
 
     step: int
     started_s: float
@@ -18,6 +22,7 @@ class StepRecord:
     forward_s: float
     sample_s: float
     emit_s: float
+    forward_ended_s: float
     num_rows: int
     num_tokens: int
     num_running: int

@@ -1,0 +1,184 @@
+"""The worker's thread: order, waiting, failures, and how it ends."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from xllm_core.engine.executor import ThreadExecutor
+from xllm_core.errors import EngineDeadError
+from xllm_core.types import StepPlan, StepResult, StepTimes
+
+LONG_S = 30.0
+
+
+@dataclass
+class Handle:
+    plan: StepPlan
+    times: StepTimes
+
+
+@dataclass
+class GatedWorker:
+    """Every forward waits for the gate. calls: what was done, and by which thread."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    calls: list[str] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+    has_begun: threading.Event = field(default_factory=threading.Event)
+    errors: dict[str, BaseException] = field(default_factory=dict)
+
+    def _do(self, what: str) -> None:
+        self.calls.append(what)
+        self.threads.add(threading.get_ident())
+        if what in self.errors:
+            raise self.errors[what]
+
+    def execute(self, plan: StepPlan) -> Handle:
+        self.has_begun.set()
+        assert self.gate.wait(LONG_S)
+        self._do(f"execute {plan.step}")
+        return Handle(plan, StepTimes(forward_s=1.0 + plan.step))
+
+    def sample(self, handle: Any) -> StepResult:
+        self._do(f"sample {handle.plan.step}")
+        return StepResult([(handle.plan.step,)])
+
+    def close(self) -> None:
+        self._do("close")
+
+
+def hand_over(executor: ThreadExecutor, step: int) -> Any:
+    return executor.sample(executor.execute(StepPlan(step)))
+
+
+def test_calls_return_at_once_and_run_in_order() -> None:
+    """Red if a call waits for the worker, if two plans change places, or if the worker is called by two threads."""
+    worker = GatedWorker()
+    executor = ThreadExecutor(worker)
+    handles = [executor.execute(StepPlan(0))]
+    futures = [executor.sample(handles[0]), hand_over(executor, 1)]
+    assert worker.calls == [], "the gate is closed: nothing can have run"
+    worker.gate.set()
+    assert futures[1].result().token_ids == [(1,)]
+    assert futures[0].result().token_ids == [(0,)]
+    assert futures[0].result().token_ids == [(0,)], "a result can be asked for again"
+    assert handles[0].times.forward_s == 1.0
+    executor.close()
+    assert worker.calls == ["execute 0", "sample 0", "execute 1", "sample 1", "close"]
+    assert len(worker.threads) == 1
+    assert threading.get_ident() not in worker.threads
+
+
+@pytest.mark.parametrize("where", ["execute 1", "sample 1"])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_is_raised_where_the_result_is_asked_for(where: str, error: BaseException) -> None:
+    """What came before is fine, what comes after never runs. Red if the thread dies of it: then results are waited for for ever."""
+    worker = GatedWorker(errors={where: error})
+    worker.gate.set()
+    executor = ThreadExecutor(worker)
+    futures = [hand_over(executor, step) for step in range(3)]
+    assert futures[0].result().token_ids == [(0,)]
+    for future in futures[1:]:
+        with pytest.raises(type(error)) as raised:
+            future.result()
+        assert raised.value is error
+    executor.close()
+    assert worker.calls[-2:] == [where, "close"]
+
+
+def test_close_waits_for_the_call_that_runs_and_drops_the_rest() -> None:
+    """Red if the worker is closed under a running forward, if queued plans are still computed, or if somebody is left waiting."""
+    worker = GatedWorker()
+    executor = ThreadExecutor(worker)
+    futures = [hand_over(executor, 0), hand_over(executor, 1)]
+    assert worker.has_begun.wait(LONG_S)
+    closing = threading.Thread(target=executor.close)
+    closing.start()
+    while executor._stop.alive:
+        time.sleep(0.001)
+    assert worker.calls == []
+    worker.gate.set()
+    closing.join(LONG_S)
+    assert worker.calls == ["execute 0", "close"]
+    assert not executor._thread.is_alive()
+    for future in futures:
+        with pytest.raises(EngineDeadError, match="was closed"):
+            future.result()
+    with pytest.raises(EngineDeadError, match="was closed"):
+        executor.execute(StepPlan(2))
+    executor.close()
+    assert worker.calls == ["execute 0", "close"]
+
+
+def test_close_tells_what_closing_the_worker_raised() -> None:
+    """Once; and the thread is gone."""
+    executor = ThreadExecutor(GatedWorker(errors={"close": OSError("no")}))
+    with pytest.raises(OSError, match="no"):
+        executor.close()
+    assert not executor._thread.is_alive()
+    executor.close()
+
+
+def test_an_idle_thread_sleeps() -> None:
+    """Red if it asks for work again and again."""
+    worker = GatedWorker()
+    worker.gate.set()
+    executor = ThreadExecutor(worker)
+    hand_over(executor, 0).result()
+    ident = executor._thread.ident
+    assert ident is not None
+    clock = time.pthread_getcpuclockid(ident)
+    before_s = time.clock_gettime(clock)
+    time.sleep(0.3)
+    assert time.clock_gettime(clock) - before_s < 0.03, "processor time of the thread, not of the clock on the wall"
+    executor.close()
+
+
+def test_an_executor_that_is_dropped_ends_its_thread() -> None:
+    """Red if the thread keeps the executor alive: worker and weights would stay for the life of the process."""
+    worker = GatedWorker()
+    executor = ThreadExecutor(worker)
+    thread = executor._thread
+    del executor
+    gc.collect()
+    thread.join(LONG_S)
+    assert not thread.is_alive()
+    assert worker.calls == ["close"]
+
+
+def test_the_interpreter_waits_for_a_forward_and_ends() -> None:
+    """A program that never closes its engine. Red if it hangs, or if the thread is torn down inside a forward."""
+    program = """
+import threading, time
+from xllm_core.engine.executor import ThreadExecutor
+from xllm_core.types import StepPlan, StepResult
+
+has_begun = threading.Event()
+
+class Slow:
+    def execute(self, plan):
+        print("begun", flush=True)
+        has_begun.set()
+        time.sleep(0.3)
+        print("ended", flush=True)
+    def sample(self, handle):
+        return StepResult(())
+    def close(self):
+        print("closed", flush=True)
+
+executor = ThreadExecutor(Slow())
+executor.execute(StepPlan(0))
+executor.execute(StepPlan(1))
+has_begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["begun", "ended", "closed"]
