@@ -181,9 +181,9 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_has_a_description() -> None:
     """Help is made from them."""
-    from xllm_core.config import _TABLES
+    from xllm_core.config_tables import TABLES
 
-    bare = [f"[{t}] {n}" for t, m in _TABLES.items() for n, field in m.model_fields.items() if not field.description]
+    bare = [f"[{t}] {n}" for t, m in TABLES.items() for n, field in m.model_fields.items() if not field.description]
     assert not bare
 
 

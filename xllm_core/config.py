@@ -6,22 +6,45 @@ a path that was given must exist.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from xllm_core.config_sources import PLURAL_KINDS, guess, put, read_environment, read_toml, walk
+from xllm_core.config_tables import (
+    FLAT_KEYS,
+    TABLES,
+    CorePluginTable,
+    DeviceTable,
+    EngineTable,
+    KVTable,
+    LogTable,
+    ModelTable,
+    PluginsTable,
+    SchedulerTable,
+    ServerTable,
+    Table,
+    flag_name,
+    holds_secret,
+    is_list,
+)
 from xllm_core.errors import ConfigError
+
+__all__ = [
+    "KINDS", "TABLES", "CorePluginTable", "DeviceTable", "EngineTable", "KVTable", "LogTable", "ModelTable", "PluginsTable",
+    "SchedulerTable", "ServerTable", "Settings", "Table", "click_options", "settings_from_flags", "validate_plugin_table",
+]  # fmt: skip
 
 DEFAULT_FILE = Path("xllm.toml")
 
@@ -33,98 +56,12 @@ KINDS = (
 _NARROWED = ("attention", "model", "op")
 
 
-class Table(BaseModel):
-    """One table of xllm.toml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelTable(Table):
-    """What is served."""
-
-    path: str | None = Field(
-        None,
-        description="Model: a directory, a .gguf file, OWNER/NAME on the hub, or pkg:PYTHON_PACKAGE.",
-        json_schema_extra={"flag": "model"},
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Compute in this dtype; auto takes the checkpoint's where the device can."
-    )
-    max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; default is the model's own.")
-
-
-class DeviceTable(Table):
-    """Where it runs."""
-
-    name: str = Field(
-        "auto",
-        min_length=1,
-        description="Device backend, as PLUGIN/NAME or NAME; auto takes the best that answers.",
-        json_schema_extra={"flag": "device"},
-    )
-    index: int = Field(0, ge=0, description="Which device of that backend.", json_schema_extra={"flag": "device_index"})
-    num_threads: int | None = Field(
-        None, ge=1, description="Host threads for the device's own work; default is its own."
-    )
-
-
-class EngineTable(Table):
-    """The loop. It has no setting yet."""
-
-
-class SchedulerTable(Table):
-    """How steps are filled."""
-
-    max_num_seqs: int = Field(64, ge=1, description="Most sequences that run at once.")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="Most tokens that one step computes.")
-    max_chunk_tokens: int = Field(
-        0, ge=0, description="Most prompt tokens of one sequence in one step; 0 sets no limit."
-    )
-    max_waiting: int = Field(10_000, ge=1, description="Most requests that wait; further ones are refused.")
-
-
-class KVTable(Table):
-    """The cache of keys and values."""
-
-    block_size: int | None = Field(None, ge=1, description="Tokens per KV block; default is the device's best.")
-    memory_bytes: int | None = Field(
-        None, ge=1, description="Memory for KV blocks; default is a share of what is free."
-    )
-    num_blocks: int | None = Field(None, ge=1, description="Number of KV blocks, instead of a memory size.")
-    enable_prefix_cache: bool = Field(True, description="Keep computed blocks and reuse them for equal prefixes.")
-
-
-class LogTable(Table):
-    """What is written to stderr."""
-
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        "warning", description="Least severity that is printed.", json_schema_extra={"flag": "log_level"}
-    )
-
-
-class PluginsTable(Table):
-    """Which plugins take part. All that are installed do, unless they are disabled."""
-
-    enable: tuple[str, ...] = Field(
-        (), description="Plugins that must load: ID, or ID@DISTRIBUTION to decide between two."
-    )
-    disable: tuple[str, ...] = Field((), description="Plugin ids that are not imported.")
-    require: tuple[str, ...] = Field(
-        (), description="Plugins that must load, with a version where it matters: ID>=1.2."
-    )
-
-
-class CorePluginTable(Table):
-    """`[plugin.core]`: settings of parts that the core brings."""
-
-    host_store_bytes: int = Field(1 << 30, ge=1, description="Bound of the KV store in host memory.")
-
-
 @dataclass(slots=True)
 class _Reading:
     """One construction of `Settings`: which file was asked for, and where each value came from."""
 
     config_path: Path | None = None
+    is_closed: bool = False  # neither variables nor a file are read
     places: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 
@@ -147,8 +84,11 @@ class _EnvironmentSource(_Source):
     """`XLLM_TABLE__KEY=value`."""
 
     def __call__(self) -> dict[str, Any]:
-        known = {table: tuple(model.model_fields) for table, model in _TABLES.items()}
-        return read_environment(os.environ, known, _reading().places)
+        if _reading().is_closed:
+            return {}
+        known = {table: tuple(model.model_fields) for table, model in TABLES.items()}
+        lists = [(t, key) for t, model in TABLES.items() for key, e in model.model_fields.items() if is_list(e)]
+        return read_environment(os.environ, known, lists, _reading().places)
 
 
 class _TomlSource(_Source):
@@ -156,6 +96,8 @@ class _TomlSource(_Source):
 
     def __call__(self) -> dict[str, Any]:
         reading = _reading()
+        if reading.is_closed:
+            return {}
         path = reading.config_path or DEFAULT_FILE
         if reading.config_path is None and not path.exists():
             return {}
@@ -167,13 +109,14 @@ class _TomlSource(_Source):
 class Settings(BaseSettings):
     """Everything a user can set. Frozen. `Settings(kv={"block_size": 32})` reads variables and file beneath what is given."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     model: ModelTable = ModelTable()
     device: DeviceTable = DeviceTable()
     engine: EngineTable = EngineTable()
     scheduler: SchedulerTable = SchedulerTable()
     kv: KVTable = KVTable()
+    server: ServerTable = ServerTable()
     log: LogTable = LogTable()
     plugins: PluginsTable = PluginsTable()
     use: dict[str, str | tuple[str, ...]] = Field(
@@ -186,8 +129,8 @@ class Settings(BaseSettings):
         default_factory=dict, description="One table per plugin, checked by itself."
     )
 
-    def __init__(self, *, config_path: str | Path | None = None, **tables: Any) -> None:
-        reading = _Reading(Path(config_path) if config_path is not None else None)
+    def __init__(self, *, config_path: str | Path | None = None, reads_sources: bool = True, **tables: Any) -> None:
+        reading = _Reading(Path(config_path) if config_path is not None else None, is_closed=not reads_sources)
         _check_known(tables, lambda keys: _flag_of(keys))
         token = _READING.set(reading)
         try:
@@ -245,48 +188,40 @@ class Settings(BaseSettings):
             if key in cls.model_fields and isinstance(value, Mapping):
                 tables[key] = {**tables.get(key, {}), **value}
                 continue
-            if key not in _FLAT_KEYS:
-                raise ConfigError(f"unknown setting {key!r}{guess(key, [*_FLAT_KEYS, *cls.model_fields])}")
-            table, name = _FLAT_KEYS[key]
+            if key not in FLAT_KEYS:
+                raise ConfigError(f"unknown setting {key!r}{guess(key, [*FLAT_KEYS, *cls.model_fields])}")
+            table, name = FLAT_KEYS[key]
             put(tables, (table, name), value)
         return cls(config_path=config_path, **tables)
 
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> Settings:
+        """Settings as another process had them, from its `tables()`. Reads no variable and no file. Raises ConfigError."""
+        return cls(reads_sources=False, **tables)
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Every table as plain data that JSON can hold, for `from_tables` in another process. SECRETS ARE READABLE in it."""
+        plain: dict[str, dict[str, Any]] = _plain(self.model_dump())
+        return plain
+
     def core_tables(self) -> dict[str, dict[str, Any]]:
-        """The core's own tables as plain data, for plugins to read."""
-        return {name: getattr(self, name).model_dump() for name in _TABLES}
+        """The core's own tables as plain data, for plugins to read; without secrets."""
+        return {
+            name: getattr(self, name).model_dump(
+                exclude={key for key, entry in model.model_fields.items() if holds_secret(entry.annotation)}
+            )
+            for name, model in TABLES.items()
+        }
 
 
-_TABLES: dict[str, type[Table]] = {
-    "model": ModelTable,
-    "device": DeviceTable,
-    "engine": EngineTable,
-    "scheduler": SchedulerTable,
-    "kv": KVTable,
-    "log": LogTable,
-    "plugins": PluginsTable,
-}
-
-
-def flag_name(key: str, entry: FieldInfo) -> str:
-    """The flat name of a field: its own, or a longer one where its own says too little alone (`[log] level` is `log_level`)."""
-    extra = entry.json_schema_extra
-    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else key
-
-
-def _flat_keys() -> dict[str, tuple[str, str]]:
-    keys: dict[str, tuple[str, str]] = {}
-    for table, model in _TABLES.items():
-        for name, entry in model.model_fields.items():
-            for flat in {name, flag_name(name, entry)}:
-                if flat in keys:
-                    raise RuntimeError(
-                        f"[{table}] {name} and {keys[flat]} share the flat key {flat!r}; give one a flag name"
-                    )
-                keys[flat] = (table, name)
-    return keys
-
-
-_FLAT_KEYS = _flat_keys()
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):  # TOML has them; a plugin's model reads them from text as well
+        return value.isoformat()
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def _dotted(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -297,8 +232,10 @@ def _dotted(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _flag_of(keys: tuple[str, ...]) -> str:
-    if len(keys) == 2 and keys[0] in _TABLES and keys[1] in _TABLES[keys[0]].model_fields:
-        flat = flag_name(keys[1], _TABLES[keys[0]].model_fields[keys[1]])
+    if keys[1:2] and keys[0] in TABLES and (entry := TABLES[keys[0]].model_fields.get(keys[1])) is not None:
+        if holds_secret(entry.annotation):
+            return "argument"
+        flat = flag_name(keys[1], entry)
         return f"--{flat.replace('_', '-')}"
     return "argument"
 
@@ -311,8 +248,8 @@ def _check_known(tables: Mapping[str, Any], place: Callable[[tuple[str, ...]], s
             raise ConfigError(
                 f"{place((table,))}: unknown table [{table}]{guess(table, names)}; tables are {', '.join(names)}"
             )
-        if table in _TABLES and isinstance(value, Mapping):
-            known = list(_TABLES[table].model_fields)
+        if table in TABLES and isinstance(value, Mapping):
+            known = list(TABLES[table].model_fields)
             for key in value:
                 if key not in known:
                     raise ConfigError(
@@ -322,7 +259,7 @@ def _check_known(tables: Mapping[str, Any], place: Callable[[tuple[str, ...]], s
 
 
 def _elsewhere(key: str, table: str) -> str:
-    homes = [name for name, model in _TABLES.items() if name != table and key in model.model_fields]
+    homes = [name for name, model in TABLES.items() if name != table and key in model.model_fields]
     return f"; it belongs in [{homes[0]}]" if homes else ""
 
 
@@ -336,20 +273,35 @@ def _explain(error: ValidationError, model: type[BaseModel], places: Mapping[tup
         reason = reason[:1].lower() + reason[1:]
         table, rest = keys[0] if keys else "", ".".join(keys[1:2])
         about = f" ({note})" if (note := _description(model, keys)) else ""
-        lines.append(f"{place}: [{table}] {rest} = {problem['input']!r}: {reason}{about}".replace("]  =", "] ="))
+        shown = shown_value(model, keys, problem["input"])
+        lines.append(f"{place}: [{table}] {rest} = {shown}: {reason}{about}".replace("]  =", "] ="))
     return "\n".join(lines)
 
 
-def _description(model: type[BaseModel], keys: tuple[str, ...]) -> str:
+def _field_at(model: type[BaseModel], keys: Iterable[str]) -> FieldInfo | None:
+    """The deepest field on the way `keys`, or None if not even the first is one."""
+    entry = None
     for key in keys:
-        entry = model.model_fields.get(key)
-        if entry is None:
-            return ""
-        if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
-            model = entry.annotation
-        else:
-            return entry.description or ""
-    return ""
+        below = model.model_fields.get(key)
+        if below is None:
+            return entry
+        entry = below
+        if not (isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel)):
+            return entry
+        model = entry.annotation
+    return entry
+
+
+def _description(model: type[BaseModel], keys: Iterable[str]) -> str:
+    entry = _field_at(model, keys)
+    return (entry.description if entry is not None else None) or ""
+
+
+def shown_value(model: type[BaseModel], keys: tuple[str, ...], value: Any) -> str:
+    """A value as people may see it; "***" for one that is a secret or holds some."""
+    entry = _field_at(model, keys)
+    is_secret = holds_secret(entry.annotation if entry is not None else model)
+    return "***" if is_secret else repr(value)
 
 
 def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,10 +315,11 @@ def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[s
     try:
         return model.model_validate(dict(raw)).model_dump()
     except ValidationError as error:
-        lines = [
-            f"[plugin.{plugin_id}] {'.'.join(str(part) for part in p['loc'])} = {p['input']!r}: {p['msg']}"
-            for p in error.errors(include_url=False)
-        ]
+        lines = []
+        for problem in error.errors(include_url=False):
+            keys = tuple(str(part) for part in problem["loc"])
+            shown = shown_value(model, keys, problem["input"])
+            lines.append(f"[plugin.{plugin_id}] {'.'.join(keys)} = {shown}: {problem['msg']}")
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -382,10 +335,12 @@ def click_options(*tables: str) -> Callable[[_Command], _Command]:
 
     def decorate(command: _Command) -> _Command:
         for table in reversed(tables):
-            for name, entry in reversed(list(_TABLES[table].model_fields.items())):
+            for name, entry in reversed(list(TABLES[table].model_fields.items())):
                 flat = flag_name(name, entry)
-                if (table, name) != ("model", "path"):  # the model is each command's argument
-                    command = click.option(*_flag(flat, entry), **_flag_type(entry))(command)
+                if holds_secret(entry.annotation):
+                    command = _refused_flag(flat, f"XLLM_{table}__{name}".upper())(command)
+                elif (table, name) != ("model", "path"):  # the model is each command's argument
+                    command = click.option(*_flag(flat, entry), **_flag_type(name, entry))(command)
         pins = click.option(
             "--use", multiple=True, metavar="KIND=NAME", help="Pin a part, e.g. attention=core/paged. Repeatable."
         )
@@ -410,7 +365,7 @@ def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:
             raise ConfigError(f"--use {pin}: write KIND=NAME, e.g. --use attention=core/paged")
         base = kind.partition(".")[0]
         pins[kind] = [*pins.get(kind, ()), *name.split(",")] if base in PLURAL_KINDS else name
-    given = {key: value for key in _FLAT_KEYS if key in flags and (value := flags.pop(key)) is not None}
+    given = {key: value for key in FLAT_KEYS if key in flags and (value := flags.pop(key)) not in (None, ())}
     given |= {"use": pins} if pins else {}
     settings = Settings.from_flags(config_path, **given, **more)
     logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(name)s: %(message)s")  # to stderr
@@ -425,15 +380,35 @@ def _flag(flat: str, entry: FieldInfo) -> tuple[str, ...]:
     return (f"--{flag}", flat)
 
 
-def _flag_type(entry: FieldInfo) -> dict[str, Any]:
+def _refused_flag(flat: str, variable: str) -> Callable[[_Command], _Command]:
+    """A flag that only explains why there is none: command lines show in `ps` and in shell histories."""
+    import click
+
+    flag = flat.removesuffix("s").replace("_", "-")
+
+    def refuse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(
+                f"--{flag} is not offered: a secret on a command line shows in ps; use --{flag}-file FILE or the variable {variable}"
+            )
+
+    return click.option(
+        f"--{flag}", f"--{flag}s", expose_value=False, hidden=True, is_eager=True, flag_value="", is_flag=False, callback=refuse
+    )  # fmt: skip
+
+
+def _flag_type(name: str, entry: FieldInfo) -> dict[str, Any]:
     default = "" if entry.default is None or entry.default == () else f"  [default: {entry.default}]"
     options: dict[str, Any] = {"default": None, "help": f"{entry.description}{default}"}
     if entry.annotation is bool:
         return options
+    if is_list(entry):
+        return options | {"multiple": True, "metavar": "TEXT", "help": f"{entry.description}  [repeatable]"}
     arguments = typing.get_args(entry.annotation)
     if typing.get_origin(entry.annotation) is Literal:
         options["metavar"] = "|".join(str(argument) for argument in arguments)
-    else:
-        plain = [a for a in arguments if a is not types.NoneType] if arguments else [entry.annotation]
-        options["metavar"] = "N" if plain == [int] else "TEXT"
+        return options
+    plain = [a for a in arguments if a is not types.NoneType] if arguments else [entry.annotation]
+    number = "SECONDS" if name.endswith("_s") else "BYTES" if name.endswith("_bytes") else "N"
+    options["metavar"] = number if plain in ([int], [float]) else "TEXT"
     return options

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,22 @@ Places = dict[tuple[str, ...], str]
 """(table, key, ...) -> "xllm.toml:12" or the name of a variable."""
 
 
-def read_environment(environ: Mapping[str, str], known: Mapping[str, Iterable[str]], places: Places) -> dict[str, Any]:
+def read_environment(
+    environ: Mapping[str, str],
+    known: Mapping[str, Iterable[str]],
+    lists: Collection[tuple[str, ...]],
+    places: Places,
+) -> dict[str, Any]:
     """Tables from `XLLM_TABLE__KEY=value`. Lists and tables are JSON; a list may also be written a,b,c.
 
     known: keys of each core table; a variable that names none of them raises ConfigError, unless Kubernetes injected it.
+    lists: those of them, as (table, key), that take several values.
     """
     tables: dict[str, Any] = {}
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in OTHER_VARIABLES and not _is_kubernetes(name, environ):
             path = _variable_path(name, known)
-            put(tables, path, _variable_value(path, environ[name]))
+            put(tables, path, _variable_value(path, environ[name], path in lists))
             places[path] = name
     return tables
 
@@ -95,13 +101,13 @@ def _variable_path(name: str, known: Mapping[str, Iterable[str]]) -> tuple[str, 
     return path
 
 
-def _variable_value(path: tuple[str, ...], text: str) -> Any:
+def _variable_value(path: tuple[str, ...], text: str, is_list: bool) -> Any:
     if text[:1] in ("[", "{"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{PREFIX}{'__'.join(path).upper()}: not valid JSON: {error}") from error
-    if path[0] in ("plugins", "prefer") or (path[0] == "use" and path[1] in PLURAL_KINDS):
+    if is_list or path[0] == "prefer" or (path[0] == "use" and path[1] in PLURAL_KINDS):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 

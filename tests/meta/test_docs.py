@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.meta.source import ROOT
-from xllm_core.config import _TABLES
+from xllm_core.config_tables import TABLES
 from xllm_core.plugins import builtin
 from xllm_core.plugins.specs import CommandSpec
 
@@ -39,7 +39,7 @@ def wrong_names(text: str, folder: Path) -> list[str]:
     named = re.findall(r"(?:^|[`$;&] ?)(?:\.venv/bin/)?xllm ([a-z][a-z-]*)", code, re.MULTILINE)
     wrong += [f"xllm {name}" for name in named if name not in COMMANDS]
     for table, key in re.findall(r"\[([a-z]+)\] ([a-z_]+)", code):
-        if table in _TABLES and key not in _TABLES[table].model_fields:
+        if table in TABLES and key not in TABLES[table].model_fields:
             wrong.append(f"[{table}] {key}")
     return wrong
 
