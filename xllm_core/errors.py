@@ -13,7 +13,8 @@ XllmError
 │   ├── InvalidRequestError      a field has a value it may not have
 │   ├── PromptTooLongError       the prompt exceeds the context
 │   ├── RequestTooLargeError     the request can never fit the KV pool, however long it waits
-│   └── QueueFullError           try again later
+│   ├── QueueFullError           try again later
+│   └── HttpRefusal              refused by the HTTP server itself: key, host, path, size, time
 ├── EngineDeadError          the engine stopped; nothing more will come from it
 └── IntegrityError           an invariant of ours broke: a bug, please report it
 
@@ -124,6 +125,20 @@ class QueueFullError(RequestError):
 
     http_status = 429
     is_retryable = True
+
+
+class HttpRefusal(RequestError):
+    """Refused by the HTTP server itself, before anything reads the request. code: for programs. should_close: end the connection."""
+
+    def __init__(
+        self, message: str, *, status: int, code: str | None = None, param: str | None = None, should_close: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.http_status = status
+        self.is_retryable = status in (429, 503)
+        self.code = code
+        self.param = param
+        self.should_close = should_close
 
 
 class EngineDeadError(XllmError):

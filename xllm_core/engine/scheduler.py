@@ -55,9 +55,9 @@ class SchedulerStats:
 
 @dataclass(slots=True)
 class SchedulerEvents:
-    """Ids of requests in the order in which they left the queue for the first time, and of those that lost their place again."""
+    """(id, monotonic seconds) of requests that left the queue for the first time, and ids of those that lost their place again."""
 
-    admitted: list[str] = field(default_factory=list)
+    admitted: list[tuple[str, float]] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
 
 
@@ -321,7 +321,7 @@ class Scheduler:
         sequence.num_cached = max(sequence.num_cached, min(num_cached, sequence.num_prompt))
         self._num_seats += sequence.num_seats
         if self.events is not None and sequence.index == 0 and not sequence.num_preemptions:
-            self.events.admitted.append(sequence.request_id)
+            self.events.admitted.append((sequence.request_id, time.monotonic()))
         self.running.append(sequence)
         plan.admitted.append(sequence.slot_state())
 

@@ -11,8 +11,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from xllm_core.engine.info import EngineInfo
 from xllm_core.errors import EngineDeadError
-from xllm_core.frontend.client import EngineInfo
 from xllm_core.frontend.processor import Prepared, Processor, Prompt
 from xllm_core.types import CompletionOutput, RequestOutput, SamplingParams
 

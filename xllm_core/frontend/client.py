@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from xllm_core.engine.engine import Engine
+from xllm_core.engine.info import EngineInfo
 from xllm_core.errors import EngineDeadError
 from xllm_core.types import EngineRequest, TokenOutput
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """Facts of a running engine. capacity_tokens: the longest sequence its KV pool holds. kernels: what was chosen, by name of its use.
-
-    is_row_invariant: the device promises that a row's result does not depend on the other rows, to the bit.
-    """
-
-    model: str
-    architecture: str
-    dtype: str
-    device: str
-    max_model_len: int
-    vocab_size: int
-    capacity_tokens: int
-    num_blocks: int
-    block_size: int
-    kernels: Mapping[str, str] = field(default_factory=dict)
-    plan_hash: str = ""
-    is_row_invariant: bool = False
 
 
 class EngineClient(Protocol):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm.auto import tqdm
 
+from xllm_core.engine.info import EngineInfo
 from xllm_core.errors import EngineDeadError, IntegrityError, InvalidRequestError, QueueFullError
-from xllm_core.frontend.client import EngineInfo
 from xllm_core.frontend.processor import Prepared, Processor, Prompt
 from xllm_core.frontend.template import Message, check_messages
 from xllm_core.frontend.validation import as_token_ids, shown

@@ -14,7 +14,7 @@ from xllm_core.errors import InvalidRequestError, RequestError
 from xllm_core.frontend.client import EngineClient
 from xllm_core.frontend.interrupts import deferred_interrupts
 from xllm_core.frontend.outputs import RequestState
-from xllm_core.frontend.template import ChatTemplate, Message
+from xllm_core.frontend.template import ChatTemplate, Message, cut_after_content
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.frontend.validation import as_integer, as_token_ids, check_params, check_salt, check_text, shown
 from xllm_core.types import EngineRequest, RequestOutput, SamplingParams, TokenOutput
@@ -114,6 +114,10 @@ class Processor:
                 self.client.abort(request_id, index)
         return request_id
 
+    def output(self, request_id: str) -> RequestOutput:
+        """What an unfinished request has so far; filled in place by `feed`. KeyError for one that is not here."""
+        return self._states[request_id].output
+
     def submit(self, prompt: Prompt, params: SamplingParams, request_id: str | None = None) -> str:
         """`prepare` and `enqueue` in one."""
         return self.enqueue(self.prepare(prompt, params), request_id)
@@ -123,16 +127,24 @@ class Processor:
         with deferred_interrupts():
             return self.feed(self.client.poll())
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **options: Any) -> list[int]:
-        """Token ids of a conversation."""
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False,
+        add_special_tokens: bool = False, **options: Any,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of a conversation. continue_final_message: it ends inside the last message, for the model to go on.
+
+        add_special_tokens: once more, where the template has not written them.
+        """
         if self.template is None or self.tokenizer is None:
             missing = "chat template" if self.tokenizer is not None else "tokenizer"
             raise InvalidRequestError(
                 f"this model has no {missing}, so it cannot chat; use generate with a plain prompt", param="messages"
             )
         text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **options)
+        if continue_final_message:
+            text = cut_after_content(text, messages)
         check_text(text, "messages")
-        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def feed(self, outputs: Sequence[TokenOutput]) -> list[RequestOutput]:
         """Take what the engine gave; returns the requests that have something new, each once, filled in place.

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from xllm_core.config import Settings
-from xllm_core.engine.build import BuiltEngine, build_engine
-from xllm_core.frontend.client import EngineInfo, InProcessClient
+from xllm_core.engine.build import build_engine
+from xllm_core.engine.info import engine_info
+from xllm_core.frontend.client import InProcessClient
 from xllm_core.frontend.processor import Processor
 from xllm_core.frontend.template import ChatTemplate
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.plugins.manager import PluginManager
-from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.plugins.resolve import assemble
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.weights import TokenizerFiles
@@ -44,19 +45,6 @@ def start_in_process(
         template = ChatTemplate(files.chat_template, special)
     client = InProcessClient(built.engine, engine_info(assembly, built))
     return Processor(client, tokenizer, template, assembly.checkpoint.generation_config)
-
-
-def engine_info(assembly: Assembly, built: BuiltEngine) -> EngineInfo:
-    """Facts for people and front ends."""
-    plan = assembly.plan
-    kernels = {f"attention.{group}": choice.name for group, choice in plan.attention.items()}
-    kernels |= {name: choice.name for name, choice in plan.ops.items()} | {"sampler": plan.sampler.name}
-    return EngineInfo(
-        model=str(plan.model_path), architecture=plan.architecture, dtype=plan.dtype, device=built.loaded.device.facts().name,
-        max_model_len=plan.max_model_len, vocab_size=assembly.shape.vocab_size,
-        capacity_tokens=built.engine.scheduler.kv.capacity_tokens, num_blocks=sum(built.geometry.num_blocks),
-        block_size=plan.block_size, kernels=kernels, plan_hash=plan.hash, is_row_invariant=built.loaded.device.facts().is_row_invariant,
-    )  # fmt: skip
 
 
 def _open_tokenizer(files: TokenizerFiles) -> Tokenizer | None:

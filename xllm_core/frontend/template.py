@@ -98,3 +98,16 @@ def check_messages(messages: object) -> None:
             raise InvalidRequestError(
                 f"messages[{i}]: `content` must be a text or a list of parts, got {shown(content)}", param="messages"
             )
+
+
+def cut_after_content(text: str, messages: Sequence[Message]) -> str:
+    """A rendered conversation up to the end of its last message's content. Raises InvalidRequestError if that cannot be found."""
+    content = messages[-1].get("content")
+    words = content.strip() if isinstance(content, str) else ""
+    at = text.rfind(words) if words else -1
+    if at < 0:
+        raise InvalidRequestError(
+            "continue_final_message needs a last message with a text that the chat template writes as it is",
+            param="continue_final_message",
+        )
+    return text[: at + len(words)]

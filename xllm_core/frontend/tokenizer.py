@@ -14,7 +14,8 @@ from xllm_core.plugins.contracts.weights import TokenizerFiles
 class Tokenizer:
     """One model's tokenizer. Thread-safe, as the library is.
 
-    eos_token_ids: what ends a sequence, by the model's own configuration.
+    eos_token_ids: what ends a sequence, by the model's own configuration. max_token_chars: of the longest token, so that a text of N
+    characters has at least N / max_token_chars tokens.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -32,6 +33,7 @@ class Tokenizer:
         self.vocab_size = self._rust.get_vocab_size(with_added_tokens=True)
         self._bos_id = self._rust.token_to_id(files.bos_token) if files.bos_token else None
         self._adds_bos = files.adds_bos
+        self.max_token_chars = max((len(token) for token in self._rust.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. add_special_tokens: as the model wants them around a plain prompt; rendered chats bring their own."""

@@ -148,6 +148,7 @@ def xllm_observers() -> Iterable[ObserverSpec]:
 def xllm_cli() -> Iterable[CommandSpec]:
     """Commands at the top of `xllm`."""
     summaries = {
+        "serve": "Serve a model over HTTP, as OpenAI's API.",
         "generate": "Complete prompts and print the answers.",
         "chat": "Talk to a model in the terminal.",
         "verify": "Prove that switching features on changes no answer.",

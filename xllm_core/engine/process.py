@@ -1,0 +1,267 @@
+"""The engine process of `xllm serve`: builds the engine that its parent's settings describe, then turns messages into steps.
+
+    python -m xllm_core.engine.process SOCKET_FD DEATH_FD PARENT_PID
+
+It ends when its parent says so or dies: the death pipe is watched by a thread, and on Linux the kernel kills it as well. Terminal signals
+are the parent's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xllm_core.config import Settings
+from xllm_core.engine import messages
+from xllm_core.engine.engine import Engine
+from xllm_core.engine.info import EngineInfo, engine_info
+from xllm_core.engine.messages import Frames, FromEngine, ToEngine, encode, to_engine
+from xllm_core.engine.scheduler import SchedulerEvents
+from xllm_core.errors import RequestError, XllmError
+from xllm_core.plugins.manager import PluginManager
+from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.types import EngineRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.contracts.weights import TokenizerFiles
+
+_PR_SET_PDEATHSIG = 1
+_READ_BYTES = 1 << 18
+_SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are still under way
+_LOADING_EVERY_S = 0.2
+
+
+class Channel:
+    """Messages over the socket to the parent. Owned by the engine's thread. Raises EOFError when the parent is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames = Frames()
+
+    def send(self, message: FromEngine) -> None:
+        """Write one message; waits while the parent does not read."""
+        try:
+            self._sock.sendall(encode(message))
+        except OSError as error:
+            raise EOFError from error
+
+    def receive(self, wait_s: float | None) -> list[ToEngine]:
+        """Messages that are there. wait_s: how long to wait for the first; None for ever, 0 not at all."""
+        if wait_s != 0 and not select.select([self._sock], [], [], wait_s)[0]:
+            return []
+        try:
+            data = self._sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise EOFError from error
+        if not data:
+            raise EOFError
+        return [to_engine.decode(body) for body in self._frames.feed(data)]
+
+
+class EngineLoop:
+    """One engine, driven by its parent's messages. `run` returns when the parent says stop."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        kv = engine.scheduler.kv.stats()  # what the warm-up counted is nobody's business
+        self._base_query_tokens, self._base_hit_tokens = kv.query_tokens, kv.hit_tokens
+        self._base_preemptions = engine.scheduler.stats.num_preemptions
+        self._told: messages.EngineStats | None = None
+        self._is_stopping = False
+        engine.scheduler.events = SchedulerEvents()
+
+    def run(self, taken: list[ToEngine]) -> None:
+        """Take messages, make a step, send what came of it; sleep where there is nothing to do. taken: what came before."""
+        engine = self._engine
+        while True:
+            for message in taken or self._channel.receive(self._patience_s()):
+                self._take(message)
+            taken = []
+            if self._is_stopping:
+                return
+            if engine.has_work or engine.scheduler.kv.stats().held_blocks:
+                self._step()
+            else:
+                self._tell_stats()
+
+    def _patience_s(self) -> float | None:
+        if self._engine.has_work:
+            return 0
+        return _SETTLE_S if self._engine.scheduler.kv.stats().held_blocks else None
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, messages.Submit):
+            try:
+                self._engine.submit(message.request)
+            except RequestError as error:
+                param = getattr(error, "param", None)
+                self._channel.send(
+                    messages.Refused(message.request.request_id, type(error).__name__, str(error), param)
+                )
+        elif isinstance(message, messages.Abort):
+            self._engine.abort(message.request_id, message.index)
+        elif isinstance(message, messages.Ping):
+            self._channel.send(messages.Pong(self._stats()))
+        elif isinstance(message, messages.Stop):
+            self._is_stopping = True
+
+    def _step(self) -> None:
+        outputs = self._engine.step()
+        events, stats = self._engine.scheduler.events, self._stats()
+        assert events is not None
+        if outputs or events.admitted or events.preempted or stats != self._told:
+            self._channel.send(messages.Stepped(outputs, stats, events.admitted, events.preempted))
+            self._told = stats
+            self._engine.scheduler.events = SchedulerEvents()
+
+    def _tell_stats(self) -> None:
+        stats = self._stats()
+        if stats != self._told:
+            self._channel.send(messages.Pong(stats))
+            self._told = stats
+
+    def _stats(self) -> messages.EngineStats:
+        scheduler = self._engine.scheduler
+        kv = scheduler.kv.stats()
+        return messages.EngineStats(
+            num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_waiting_for_kv=len(scheduler.parked),
+            used_blocks=kv.used_blocks + kv.held_blocks, total_blocks=kv.total_blocks,
+            num_preemptions=scheduler.stats.num_preemptions - self._base_preemptions,
+            query_tokens=kv.query_tokens - self._base_query_tokens, hit_tokens=kv.hit_tokens - self._base_hit_tokens,
+        )  # fmt: skip
+
+
+def build(settings: Settings, channel: Channel) -> tuple[Engine, EngineInfo, messages.TextFiles]:
+    """Find, load and connect everything; tells the parent of each phase that has ended."""
+    from xllm_core.engine.build import build_engine, load_model
+
+    clock = _Phases(channel)
+    manager = PluginManager.discover(settings).load()
+    clock.end("plugins", ", ".join(sorted(record.id for record in manager.records if record.state == "loaded")))
+    assembly = assemble(settings, manager)
+    clock.end("model", f"{assembly.plan.architecture}, {assembly.plan.dtype}")
+    with ThreadPoolExecutor(1, thread_name_prefix="xllm-tokenizer") as pool:
+        text = pool.submit(_text_files, assembly)  # a first conversion takes seconds, as loading weights does
+        loaded = load_model(assembly, settings, progress=clock.loading)
+        clock.end("weights", loaded.device.facts().name)
+        built = build_engine(assembly, settings, loaded=loaded)
+        info = engine_info(assembly, built)
+        clock.end("KV cache", f"{info.num_blocks} blocks of {info.block_size} tokens")
+        _warm_up(built.engine, info)
+        clock.end("warm-up", "two requests of two tokens")
+        files = text.result()
+    clock.end("tokenizer", Path(files.tokenizer_json).name if files.tokenizer_json else "none")
+    return built.engine, info, files
+
+
+class _Phases:
+    """What has ended, and how long it took."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._started_s = time.perf_counter()
+        self._told_s = 0.0
+
+    def end(self, name: str, detail: str) -> None:
+        now_s = time.perf_counter()
+        self._channel.send(messages.Phase(name, now_s - self._started_s, detail))
+        self._started_s = now_s
+
+    def loading(self, name: str, done: int, total: int) -> None:
+        """Progress of the weights, a few times a second."""
+        now_s = time.perf_counter()
+        if now_s - self._told_s > _LOADING_EVERY_S or done >= total:
+            self._told_s = now_s
+            self._channel.send(messages.Loading(done, total))
+
+
+def _text_files(assembly: Assembly) -> messages.TextFiles:
+    files: TokenizerFiles = assembly.checkpoint.tokenizer()
+    path = files.tokenizer_json if files.tokenizer_json is not None else files.convert() if files.convert else None
+    return messages.TextFiles(
+        tokenizer_json=str(path) if path is not None else None, bos_token=files.bos_token, eos_token=files.eos_token,
+        eos_token_ids=list(files.eos_token_ids), adds_bos=files.adds_bos, chat_template=files.chat_template,
+        generation_config=dict(assembly.checkpoint.generation_config), warnings=list(files.extra.get("warnings", ())),
+    )  # fmt: skip
+
+
+def _warm_up(engine: Engine, info: EngineInfo) -> None:
+    """A prompt and a decode, alone and sampled: what is made at first use is made now, and what cannot run fails the start, not a user."""
+    room = min(info.max_model_len, info.capacity_tokens)
+    params = SamplingParams(max_tokens=min(2, room), temperature=0.0, ignore_eos=True)
+    engine.submit(EngineRequest("warm-up-0", (0,), params, seed=0))
+    engine.submit(EngineRequest("warm-up-1", (0,), replace(params, temperature=1.0, top_p=0.9, top_k=8), seed=0))
+    while engine.has_work:
+        engine.step()
+    engine.scheduler.kv.reset_prefix_cache()
+
+
+def _die_with_parent(death_fd: int, parent_pid: int) -> None:
+    """End this process at once when its parent is gone, whatever the engine's thread is doing."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            os.read(death_fd, 1)  # returns when the last writer, which is the parent, has gone
+        os._exit(0)
+
+    threading.Thread(target=watch, name="xllm-death-watch", daemon=True).start()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve one parent; returns the exit status: 0 when told to stop or the parent is gone, 1 after a failure that was reported."""
+    sock_fd, death_fd, parent_pid = (int(argument) for argument in arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # a supervisor may signal the whole group; the parent drains, then says stop
+    _die_with_parent(death_fd, parent_pid)
+    channel = Channel(socket.socket(fileno=sock_fd))
+    engine: Engine | None = None
+    try:
+        start, *early = channel.receive(None)
+        if not isinstance(start, messages.Start):
+            raise RuntimeError(f"the first message was {type(start).__name__}, not Start")
+        settings = Settings.from_tables(start.tables)
+        engine, info, text = build(settings, channel)
+        channel.send(messages.Ready(info, text))
+        EngineLoop(engine, channel).run(early)
+    except EOFError:
+        return 0
+    except BaseException as error:  # noqa: BLE001  whatever it was, the parent must hear of it, and this process ends
+        return _report(channel, error)
+    engine.close()
+    return 0
+
+
+def _report(channel: Channel, error: BaseException) -> int:
+    is_ours = isinstance(error, XllmError)
+    if not is_ours:
+        sys.excepthook(type(error), error, error.__traceback__)
+    with contextlib.suppress(EOFError):
+        channel.send(messages.Failed(type(error).__name__, str(error), is_ours))
+    return 1
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of libraries must not keep a finished engine alive

@@ -1,0 +1,385 @@
+"""The HTTP application: routes, and what each error becomes. No inference logic."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from xllm_core import __version__
+from xllm_core.config_tables import ServerTable
+from xllm_core.errors import HttpRefusal, InvalidRequestError, XllmError
+from xllm_core.frontend.processor import Prepared, Processor
+from xllm_core.frontend.serving import Answer, Serving
+from xllm_core.frontend.tokenizer import Tokenizer
+from xllm_core.frontend.validation import shown
+from xllm_core.server import openai, schemas
+from xllm_core.server.body import BodyLimits, ClientGone, read_json
+from xllm_core.server.guard import ApiKeys, Guard, send_problem
+from xllm_core.server.metrics import CONTENT_TYPE, Metrics
+from xllm_core.server.openai import Job, Reply
+from xllm_core.server.problems import Problem, describe
+from xllm_core.server.stream import EventStream, wait_disconnect, wait_whole
+
+_IN_LOOP_CHARS = 8192  # longer prompts are tokenized on a thread, so that the loop goes on
+_CLIENT_GONE = 499  # as nginx logs it; nobody reads it
+_log = logging.getLogger("xllm.serve")
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What routes read. model_names: the first is shown, all are served. is_draining: no new work is taken."""
+
+    serving: Serving
+    metrics: Metrics
+    settings: ServerTable
+    model_names: tuple[str, ...]
+    created: int
+    is_draining: bool = False
+
+    @property
+    def processor(self) -> Processor:
+        """The text side. Raises EngineDeadError or HttpRefusal (503) where no work is taken."""
+        if self.is_draining:
+            raise HttpRefusal(
+                "the server is shutting down; ask another", status=503, code="shutting_down", should_close=True
+            )
+        return self.serving.processor
+
+    def check_model(self, name: str | None) -> str:
+        """The name that answers show. Raises HttpRefusal (404) for a model that is not here."""
+        if name is not None and name not in self.model_names:
+            raise HttpRefusal(
+                f"model {shown(name)} does not exist; served are {', '.join(self.model_names)}",
+                status=404, code="model_not_found", param="model",
+            )  # fmt: skip
+        return name or self.model_names[0]
+
+
+class JsonResponse(Response):
+    """JSON by msgspec."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode."""
+        return msgspec.json.encode(content)
+
+
+def create_app(state: ServerState, keys: ApiKeys, *, checks_host: bool) -> Guard:
+    """The application behind its guard. checks_host: serve only names of this machine and those allowed, where there is no key."""
+    app = FastAPI(title="xLLM", version=__version__, redirect_slashes=False)
+    _add_routes(app, state)
+    _add_error_handlers(app, state)
+    paths = frozenset(getattr(route, "path", "") for route in app.routes)
+    return Guard(
+        app, keys=keys, has_open_metrics=state.settings.open_metrics, metrics=state.metrics, routes=lambda: paths,
+        allowed_hosts=state.settings.allowed_hosts if checks_host else None, logs_requests=state.settings.log_requests,
+    )  # fmt: skip
+
+
+def _add_routes(app: FastAPI, state: ServerState) -> None:
+    routes = _Routes(state)
+    definitions: dict[str, Any] = {}
+
+    def post(
+        path: str, handler: Callable[[Request], Awaitable[Response]], model: type[schemas.Body], summary: str
+    ) -> None:
+        schema = {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}
+        }
+        app.add_api_route(
+            path, handler, methods=["POST"], summary=summary, openapi_extra=schema, response_class=JsonResponse
+        )
+
+    def get(path: str, handler: Callable[..., Awaitable[Response]], summary: str) -> None:
+        app.add_api_route(path, handler, methods=["GET"], summary=summary, response_class=JsonResponse)
+
+    post("/v1/completions", routes.completions, schemas.CompletionBody, "Continue prompts")
+    post("/v1/chat/completions", routes.chat, schemas.ChatBody, "Answer a conversation")
+    post("/tokenize", routes.tokenize, schemas.TokenizeBody, "Token ids of a text or a conversation")
+    post("/detokenize", routes.detokenize, schemas.DetokenizeBody, "Text of token ids")
+    get("/v1/models", routes.models, "What is served")
+    get("/v1/models/{name:path}", routes.model, "One of the served names")
+    get("/health", routes.health, "200 while requests are served")
+    get("/ping", routes.health, "As /health")
+    get("/health/live", routes.live, "200 while this process and its engine are not stuck")
+    get("/health/ready", routes.health, "200 while requests are served")
+    get("/health/startup", routes.startup, "200 once the model was loaded")
+    get("/version", routes.version, "The server's version")
+    get("/metrics", routes.metrics, "For Prometheus")
+    get("/load", routes.load, "Requests under way")
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = made()
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
+    async def ours(request: Request, error: Exception) -> Response:
+        problem = describe(error, retry_after_s=state.serving.retry_after_s())
+        state.metrics.refused(problem.code or f"http_{problem.status}")
+        return _problem_response(problem)
+
+    async def by_status(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        texts = {
+            404: f"no route {request.method} {request.scope['path'][:200]}",
+            405: f"{request.method} is not allowed here",
+        }
+        headers = dict(error.headers or {})
+        return _problem_response(
+            Problem(error.status_code, texts.get(error.status_code, str(error.detail)), headers=headers)
+        )
+
+    async def anything(request: Request, error: Exception) -> Response:
+        _log.error("request %s failed", request.scope["state"]["request_id"], exc_info=error)
+        return _problem_response(describe(error))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        state.metrics.left("disconnect")
+        return Response(status_code=_CLIENT_GONE)
+
+    app.add_exception_handler(XllmError, ours)
+    app.add_exception_handler(HTTPException, by_status)
+    app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(Exception, anything)
+
+
+def _problem_response(problem: Problem) -> Response:
+    return JsonResponse(problem.body(), status_code=problem.status, headers=problem.headers)
+
+
+class _Routes:
+    """One method per route."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        table = state.settings
+        self._limits = BodyLimits(table.max_body_bytes, table.body_timeout_s, table.body_idle_timeout_s)
+
+    # ---- generating ----------------------------------------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        """`/v1/completions`."""
+        body = await self._body(request, schemas.CompletionBody)
+        model = self._state.check_model(body.model)
+        processor = self._state.processor
+        job = openai.completion_job(body, processor, max_prompts=self._state.settings.max_prompts_per_request)
+        return await self._generate(request, replace(job, model=model), processor)
+
+    async def chat(self, request: Request) -> Response:
+        """`/v1/chat/completions`."""
+        body = await self._body(request, schemas.ChatBody)
+        model = self._state.check_model(body.model)
+        processor = self._state.processor
+        job = await self._off_loop(_size(body.messages), openai.chat_job, body, processor)
+        return await self._generate(request, replace(job, model=model), processor)
+
+    async def _generate(self, request: Request, job: Job, processor: Processor) -> Response:
+        scope = request.scope["state"]
+        prepared: list[Prepared] = await self._off_loop(_size(job.prompts), openai.prepare, job, processor)
+        prepared = [_for_tenant(one, scope["tenant"]) for one in prepared]
+        if job.label is not None:
+            scope["label"] = _label(job.label)
+        answer = self._state.serving.submit(prepared, scope["request_id"])
+        reply = Reply(job, scope["request_id"], processor.tokenizer)
+        if job.is_stream:
+            table, metrics = self._state.settings, self._state.metrics
+            return EventStream(
+                reply, answer, self._state.serving, write_timeout_s=table.write_timeout_s, comment_interval_s=table.comment_interval_s,
+                refuse=send_problem, on_gone=metrics.left,
+            )  # fmt: skip
+        await self._wait(request, answer)
+        return JsonResponse(reply.whole(answer.outputs))
+
+    async def _wait(self, request: Request, answer: Answer) -> None:
+        """Until the answer is whole. A client that goes away meanwhile frees its blocks."""
+        waiter = asyncio.ensure_future(wait_whole(answer))
+        leaver = asyncio.ensure_future(wait_disconnect(request.receive))
+        try:
+            await asyncio.wait((waiter, leaver), return_when=asyncio.FIRST_COMPLETED)
+            if not waiter.done():
+                raise ClientGone
+            await waiter
+        finally:
+            self._state.serving.abort(answer)
+            waiter.cancel()
+            leaver.cancel()
+        failed = next((output.error for output in answer.outputs if output.error is not None), None)
+        if failed is not None:
+            raise RuntimeError(failed)
+
+    async def _body(self, request: Request, model: type[schemas._Model]) -> schemas._Model:
+        body = await read_json(dict(request.scope["headers"]), request.receive, self._limits)
+        return schemas.parse(model, body, self._state.metrics.ignored)
+
+    @staticmethod
+    async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it here, or on a thread if it has much to read."""
+        if size <= _IN_LOOP_CHARS:
+            return function(*arguments)
+        return await asyncio.to_thread(function, *arguments)
+
+    # ---- text ----------------------------------------------------------------------------------------------------------------
+
+    async def tokenize(self, request: Request) -> Response:
+        """`/tokenize`."""
+        body = await self._body(request, schemas.TokenizeBody)
+        self._state.check_model(body.model)
+        processor = self._state.processor
+        size = len(body.prompt or "") + _size(body.messages or [])
+        tokens: list[int] = await self._off_loop(size, _tokenize, body, processor)
+        answer: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": processor.client.info().max_model_len,
+            "tokens": tokens,
+        }
+        if body.return_token_strs:
+            assert processor.tokenizer is not None
+            answer["token_strs"] = [processor.tokenizer.token_text(token) for token in tokens]
+        return JsonResponse(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """`/detokenize`."""
+        body = await self._body(request, schemas.DetokenizeBody)
+        self._state.check_model(body.model)
+        processor = self._state.processor
+        tokenizer, vocab_size = _require_tokenizer(processor), processor.client.info().vocab_size
+        bad = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(
+                f"token id {shown(bad)} in tokens is outside the vocabulary 0..{vocab_size - 1}", param="tokens"
+            )
+        text = await self._off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
+        return JsonResponse({"prompt": text})
+
+    # ---- what is here, and how it is -----------------------------------------------------------------------------------------
+
+    async def models(self) -> Response:
+        """`/v1/models`."""
+        return JsonResponse({"object": "list", "data": [self._card(name) for name in self._state.model_names]})
+
+    async def model(self, name: str) -> Response:
+        """`/v1/models/{id}`."""
+        self._state.check_model(name)
+        return JsonResponse(self._card(name))
+
+    def _card(self, name: str) -> Mapping[str, Any]:
+        serving = self._state.serving
+        info = serving.processor.client.info() if serving.is_ready else None
+        return {
+            "id": name, "object": "model", "created": self._state.created, "owned_by": "xllm", "parent": None,
+            "root": self._state.model_names[0], "max_model_len": info.max_model_len if info is not None else None,
+        }  # fmt: skip
+
+    async def health(self) -> Response:
+        """Whether a request that comes now is served."""
+        serving, state = self._state.serving, self._state
+        if serving.is_ready and not state.is_draining and serving.is_responsive:
+            return Response()
+        if serving.failure is not None:
+            raise serving.failure
+        why = (
+            "shutting down"
+            if state.is_draining
+            else "the engine is starting"
+            if not serving.is_ready
+            else "the engine says nothing"
+        )
+        raise HttpRefusal(why, status=503, code="not_ready")
+
+    async def live(self) -> Response:
+        """Whether a restart would help: 503 only when an engine has died or is stuck."""
+        serving = self._state.serving
+        if serving.failure is not None:
+            raise serving.failure
+        if not serving.is_responsive:
+            raise HttpRefusal("an engine has said nothing for too long", status=503, code="engine_stuck")
+        return Response()
+
+    async def startup(self) -> Response:
+        """Whether the model was loaded."""
+        if not self._state.serving.is_ready:
+            raise HttpRefusal("the engine is starting", status=503, code="not_ready")
+        return Response()
+
+    async def version(self) -> Response:
+        """`/version`."""
+        return JsonResponse({"version": __version__})
+
+    async def metrics(self) -> Response:
+        """`/metrics`."""
+        return Response(self._state.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def load(self) -> Response:
+        """`/load`."""
+        serving = self._state.serving
+        stats = [engine.stats for engine in serving.engines]
+        return JsonResponse(
+            {
+                "server_load": serving.num_unfinished,
+                "num_requests_waiting": serving.num_waiting,
+                "num_sequences_running": sum(one.num_running for one in stats),
+                "used_blocks": sum(one.used_blocks for one in stats),
+                "total_blocks": sum(one.total_blocks for one in stats),
+            }
+        )
+
+
+def _tokenize(body: schemas.TokenizeBody, processor: Processor) -> list[int]:
+    tokenizer = _require_tokenizer(processor)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("give either prompt or messages", param="prompt")
+    if body.messages is not None:
+        return openai.conversation(
+            body.messages, processor, add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message,
+            template_kwargs=body.chat_template_kwargs, add_special_tokens=body.add_special_tokens is True,
+        )  # fmt: skip
+    text = body.prompt or ""
+    openai.check_length(text, processor)
+    return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
+
+
+def _require_tokenizer(processor: Processor) -> Tokenizer:
+    if processor.tokenizer is None:
+        raise InvalidRequestError("this model has no tokenizer; give prompts as token ids")
+    return processor.tokenizer
+
+
+def _for_tenant(prepared: Prepared, tenant: str) -> Prepared:
+    """With several keys each has a prefix cache of its own, which no salt of another reaches."""
+    if not tenant:
+        return prepared
+    request = prepared.request
+    return replace(prepared, request=replace(request, salt=f"{tenant}:{request.salt}"))
+
+
+def _label(label: str) -> str:
+    if not 0 < len(label) <= 128 or not all("!" <= c <= "~" for c in label):
+        raise InvalidRequestError(
+            "request_id must be 1 to 128 printable ASCII characters without spaces", param="request_id"
+        )
+    return label
+
+
+def _size(value: Any) -> int:
+    """Characters of text in prompts or messages, roughly."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_size(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return len(value) if value and type(value[0]) is int else sum(_size(inner) for inner in value)
+    return 0

@@ -1,0 +1,184 @@
+"""Reading a JSON body: bounded in bytes, time and depth, and strict, so that what is not plain JSON is a 400 with its place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from xllm_core.errors import HttpRefusal, InvalidRequestError
+from xllm_core.frontend.validation import shown
+
+MAX_DEPTH = 64
+_DRAIN_S = 2.0
+
+Receive = Callable[[], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Of `[server]`."""
+
+    max_body_bytes: int
+    body_timeout_s: float
+    body_idle_timeout_s: float
+
+
+class ClientGone(Exception):
+    """The connection closed before the request was whole; nobody is there to answer."""
+
+
+async def read_json(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits) -> dict[str, Any]:
+    """The request's JSON object. Raises HttpRefusal (408, 413, 415), InvalidRequestError (what is not JSON), ClientGone."""
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise HttpRefusal(
+            f"Content-Type is {shown(kind.decode('latin-1'))}; send the body as application/json",
+            status=415, code="unsupported_media_type", should_close=True,
+        )  # fmt: skip
+    if b"content-encoding" in headers:
+        raise HttpRefusal(
+            "Content-Encoding is not supported; send the body as it is", status=415, code="unsupported_media_type", should_close=True
+        )  # fmt: skip
+    return parse_object(await read_bytes(headers, receive, limits))
+
+
+async def read_bytes(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits) -> bytes:
+    """The whole body, within the limits."""
+    declared = int(headers.get(b"content-length", b"0"))
+    if declared > limits.max_body_bytes:
+        await _drain(receive, declared)
+        raise _too_large(declared, limits)
+    body, more = bytearray(), True
+    deadline_s = time.monotonic() + limits.body_timeout_s
+    while more:
+        left_s = deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(min(left_s, limits.body_idle_timeout_s)):
+                message = await receive()
+        except TimeoutError:
+            raise _too_slow(len(body), left_s <= limits.body_idle_timeout_s, limits) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > limits.max_body_bytes:
+            size = len(body)
+            body.clear()
+            await _drain(receive, limits.max_body_bytes)
+            raise _too_large(size, limits)
+    return bytes(body)
+
+
+async def _drain(receive: Receive, max_bytes: int) -> None:
+    """Take the rest, for a moment: a client that still writes when the connection closes never reads the answer."""
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            while num_bytes <= 2 * max_bytes:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def _too_large(size: int, limits: BodyLimits) -> HttpRefusal:
+    return HttpRefusal(
+        f"the body has {size} bytes or more, at most {limits.max_body_bytes} are taken ([server] max_body_bytes)",
+        status=413, code="body_too_large", should_close=True,
+    )  # fmt: skip
+
+
+def _too_slow(num_bytes: int, is_total: bool, limits: BodyLimits) -> HttpRefusal:
+    setting, limit_s = (
+        ("body_timeout_s", limits.body_timeout_s) if is_total else ("body_idle_timeout_s", limits.body_idle_timeout_s)
+    )
+    return HttpRefusal(
+        f"the body did not come in time: {num_bytes} bytes, then nothing more within [server] {setting} = {limit_s:g}",
+        status=408, code="body_timeout", should_close=True,
+    )  # fmt: skip
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Strict JSON: UTF-8, no NaN or Infinity, no key twice, no half of a surrogate pair, at most `MAX_DEPTH` deep, an object at the top."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"the body is not valid UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
+        ) from None
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise InvalidRequestError(f"the body is not valid JSON: {error.msg} at {place}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise InvalidRequestError(f"the body holds a number that is out of range: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"the body is a JSON {_kind(value)}; send an object")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
+    if b"\\ud" in raw.lower():
+        _check_surrogates(value)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise InvalidRequestError(f"the body holds {name}, which is not JSON; numbers must be finite")
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidRequestError(f"the key {shown(twin)} stands twice in one object; keep one", param=twin[:64])
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(f"the body is nested deeper than {MAX_DEPTH} levels; flatten it")
+
+
+def _check_surrogates(value: Any, path: str = "") -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            where = path or "the body"
+            raise InvalidRequestError(
+                f"{where} holds half of a surrogate pair at character {error.start}, which is not valid Unicode; remove it",
+                param=path.partition(".")[0] or None,
+            ) from None
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_surrogates(key, path)
+            _check_surrogates(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_surrogates(inner, f"{path}[{i}]")
+
+
+def _kind(value: object) -> str:
+    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")

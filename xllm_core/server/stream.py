@@ -1,0 +1,228 @@
+"""Server-sent events: one answer as chunks, while it grows. The client that leaves frees its blocks; the client that never reads is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from xllm_core.frontend.serving import Answer, Serving
+from xllm_core.server.openai import Reply, echo_text
+from xllm_core.server.problems import Problem, describe
+from xllm_core.types import CompletionOutput, RequestOutput
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would gather chunks otherwise
+)
+_log = logging.getLogger("xllm.serve")
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True)
+class _Sent:
+    """How much of one sequence is out."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    has_begun: bool = False
+    is_over: bool = False
+
+
+class Chunks:
+    """Cuts what is new of an answer into chunk objects, the same text, tokens and logprobs as the whole answer has."""
+
+    def __init__(self, reply: Reply, answer: Answer) -> None:
+        self._reply = reply
+        self._answer = answer
+        self._kind = "chat.completion.chunk" if reply.job.is_chat else "text_completion"
+        self._sent = [[_Sent() for _ in group.outputs] for group in answer.outputs]
+
+    def new(self) -> Iterator[bytes]:
+        """Events for everything that has come since the last call."""
+        for i, (group, row) in enumerate(zip(self._answer.outputs, self._sent, strict=True)):
+            for output, sent in zip(group.outputs, row, strict=True):
+                if not sent.is_over:
+                    yield from self._sequence(i * len(row) + output.index, group, output, sent)
+
+    def last(self) -> Iterator[bytes]:
+        """The usage, if asked for, and the end."""
+        if self._reply.job.has_usage:
+            yield self._event({"choices": [], "usage": self._reply.usage(self._answer.outputs)})
+        yield DONE
+
+    def _sequence(self, index: int, group: RequestOutput, output: CompletionOutput, sent: _Sent) -> Iterator[bytes]:
+        job = self._reply.job
+        text = "" if job.is_echo_only else output.text[sent.num_chars :]
+        end = len(output.token_ids)
+        has_tokens = end > sent.num_tokens and (job.num_top is not None or job.has_token_ids)
+        finish = output.finish_reason
+        if not (text or has_tokens or finish) or (not sent.has_begun and end == 0 and finish is None):
+            return
+        choice: dict[str, Any] = {"index": index}
+        if job.is_chat:
+            if not sent.has_begun:
+                yield self._event({"choices": [self._role(index, group)]})
+            choice["delta"] = {"content": text} if text or finish is None else {}
+        else:
+            choice["text"] = text if sent.has_begun else echo_text(group, job) + text
+        choice["logprobs"] = self._reply.logprobs(output, sent.num_tokens, end)
+        choice["finish_reason"] = "length" if job.is_echo_only and finish else finish
+        if finish is not None:
+            choice["stop_reason"] = None if job.is_echo_only else output.stop_reason
+        if job.has_token_ids:
+            choice["token_ids"] = [] if job.is_echo_only else output.token_ids[sent.num_tokens : end]
+            if not sent.has_begun and not job.is_chat:
+                choice["prompt_token_ids"] = group.prompt_token_ids
+        sent.num_chars, sent.num_tokens, sent.has_begun = len(output.text), end, True
+        sent.is_over = finish is not None
+        yield self._event({"choices": [choice]})
+
+    def _role(self, index: int, group: RequestOutput) -> dict[str, Any]:
+        first = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return first | ({"prompt_token_ids": group.prompt_token_ids} if self._reply.job.has_token_ids else {})
+
+    def _event(self, rest: dict[str, Any]) -> bytes:
+        job = self._reply.job
+        chunk = self._reply.head(self._kind) | rest
+        if job.has_usage_always and "usage" not in rest:
+            chunk["usage"] = self._reply.usage(self._answer.outputs)
+        return event(chunk)
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One SSE event."""
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+async def wait_whole(answer: Answer) -> None:
+    """Until every request of an answer has its end. Raises what ended it early."""
+    while not answer.is_finished:
+        await answer.news()
+    if answer.error is not None:
+        raise answer.error
+
+
+class EventStream(Response):
+    """A response. Its status goes out with the first chunk, so that what fails before it is a plain error response.
+
+    refuse: sends a problem as the whole response. write_timeout_s: how long one chunk may wait for a client that does not read.
+    comment_interval_s: silence after which a comment keeps proxies from closing the connection; 0 is off.
+    """
+
+    def __init__(
+        self, reply: Reply, answer: Answer, serving: Serving, *, write_timeout_s: float, comment_interval_s: float,
+        refuse: Callable[[Problem, Send], Awaitable[None]], on_gone: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._chunks = Chunks(reply, answer)
+        self._answer = answer
+        self._serving = serving
+        self._write_timeout_s = write_timeout_s
+        self._comment_interval_s = comment_interval_s
+        self._refuse = refuse
+        self._on_gone = on_gone
+        self._has_begun = False
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Send until the answer, the client or the server ends."""
+        writer = asyncio.ensure_future(self._write(send))
+        leaver = asyncio.ensure_future(wait_disconnect(receive))
+        try:
+            await asyncio.wait((writer, leaver), return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                self._on_gone("disconnect")
+                return
+            if isinstance(error := writer.exception(), TimeoutError):
+                self._on_gone("slow_reader")
+                _log.warning(
+                    "a client took nothing of its stream for %g s ([server] write_timeout_s) and was dropped",
+                    self._write_timeout_s,
+                )
+                abort_connection(scope)
+            elif error is not None:
+                raise error
+        finally:
+            self._serving.abort(self._answer)
+            for task in (writer, leaver):
+                task.cancel()
+            await asyncio.gather(writer, leaver, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async for piece in self._pieces():
+                await self._put(send, piece)
+        except TimeoutError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever ended the answer, the client hears that it is over
+            problem = describe(error, retry_after_s=self._serving.retry_after_s())
+            if problem.status >= 500:
+                _log.error("a stream failed", exc_info=error)
+            if not self._has_begun:
+                await self._refuse(problem, send)
+                return
+            await self._put(send, event(problem.body()))
+            await self._put(send, DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """What goes out, as it comes. Raises what ended the answer early."""
+        answer = self._answer
+        while True:
+            if answer.error is not None:
+                raise answer.error
+            is_finished = answer.is_finished
+            failed = next((group.error for group in answer.outputs if group.error is not None), None)
+            if failed is not None:
+                raise RuntimeError(failed)
+            if pieces := b"".join(self._chunks.new()):
+                yield pieces
+            if is_finished:
+                yield b"".join(self._chunks.last())
+                return
+            if await self._is_silent():
+                yield COMMENT
+
+    async def _is_silent(self) -> bool:
+        """Wait for news; True if none came for so long that the client should hear that we live."""
+        if not self._comment_interval_s:
+            await self._answer.news()
+            return False
+        try:
+            async with asyncio.timeout(self._comment_interval_s):
+                await self._answer.news()
+        except TimeoutError:
+            return True
+        return False
+
+    async def _put(self, send: Send, piece: bytes) -> None:
+        async with asyncio.timeout(self._write_timeout_s):
+            if not self._has_begun:
+                self._has_begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+
+async def wait_disconnect(receive: Receive) -> None:
+    """Until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def abort_connection(scope: Message) -> None:
+    """Close at once, without waiting for what the client will never read. `server.protocol` puts the transport there."""
+    transport = scope.get("state", {}).get("transport")
+    if transport is not None:
+        transport.abort()
