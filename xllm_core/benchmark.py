@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xllm_core import __version__
+from xllm_core.engine.metrics import early_share
 from xllm_core.frontend.processor import Processor
 from xllm_core.plugins.contracts.observer import StepRecord
 from xllm_core.types import EngineRequest, SamplingParams
@@ -70,7 +71,10 @@ def run_round(processor: Processor, load: Load, *, name: str = "round", show: bo
 
 
 def report(processor: Processor, load: Load, results: Sequence[Result]) -> dict[str, Any]:
-    """The figures of the median round, with every round's throughput beside it."""
+    """The figures of the median round, with every round's throughput beside it.
+
+    early_share: of its steps, planned before the forward of the one before had ended; 0 without overlap.
+    """
     ranked = sorted(results, key=lambda r: r.elapsed_s)
     middle = ranked[len(ranked) // 2]
     output_tokens = load.num_prompts * load.output_len
@@ -86,6 +90,7 @@ def report(processor: Processor, load: Load, results: Sequence[Result]) -> dict[
         "tpot_ms": {"p50": _ms(tpot, 0.5), "p99": _ms(tpot, 0.99)},
         "step_ms": step_split(middle.records),
         "num_steps": len(middle.records),
+        "early_share": round(early_share(middle.records), 4),
         "peak_memory_bytes": peak_memory_bytes(),
         "load": asdict(load),
         "model": info.model,

@@ -11,7 +11,7 @@ import logging
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,10 +326,11 @@ def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[s
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def click_options(*tables: str) -> Callable[[_Command], _Command]:
+def click_options(*tables: str, without: Collection[str] = ()) -> Callable[[_Command], _Command]:
     """Give a click command `--config`, `--use KIND=NAME` and one flag per field of these tables; read them with `settings_from_flags`.
 
-    Values stay text until `Settings` checks them, so that a flag, a variable and a line of the file fail with one message.
+    without: fields that mean nothing to this command. Values stay text until `Settings` checks them, so that a flag, a variable and a
+    line of the file fail with one message.
     """
     import click
 
@@ -337,6 +338,8 @@ def click_options(*tables: str) -> Callable[[_Command], _Command]:
         for table in reversed(tables):
             for name, entry in reversed(list(TABLES[table].model_fields.items())):
                 flat = flag_name(name, entry)
+                if name in without:
+                    continue
                 if holds_secret(entry.annotation):
                     command = _refused_flag(flat, f"XLLM_{table}__{name}".upper())(command)
                 elif (table, name) != ("model", "path"):  # the model is each command's argument

@@ -56,6 +56,9 @@ class EngineTable(Table):
     """The loop, and how many of it there are."""
 
     num_engines: int = Field(1, ge=1, description="Engine processes that share the requests.")
+    overlap: bool = Field(
+        False, description="Plan each step while the one before it runs, with the worker on a thread of its own."
+    )
 
 
 class SchedulerTable(Table):

@@ -18,9 +18,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_model: str) -> Iterator[LLM]:
-    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_num_seqs=8) as it:
+@pytest.fixture(scope="module", params=[False, True], ids=["one plan", "overlap"])
+def llm(tiny_model: str, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_num_seqs=8, overlap=request.param) as it:
         yield it
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_models import make_tiny
+from xllm_core.engine import build
+from xllm_core.engine.flight import Flight
 from xllm_core.engine.scheduler import Scheduler
 from xllm_core.engine.sequence import Sequence as EngineSequence
+from xllm_core.engine.sequence import Status
 from xllm_core.kv.keys import BlockKeys
 from xllm_core.kv.manager import KVManager
 from xllm_core.reference.attention import ReferenceAttention
@@ -19,6 +22,7 @@ from xllm_core.reference.ops import BlockCopy, KvWrite
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.sampling_state import SamplingState
 from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
+from xllm_core.types import StepResult, TokenOutput
 
 SMALL = Scale((1, 17, 33, 70), 12)
 
@@ -146,6 +150,61 @@ def leaving_clears_the_next_slot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SamplingState, "release", wrong)
 
 
+def late_tokens_are_given_out(patch: pytest.MonkeyPatch) -> None:
+    """What was sampled beyond the end of a sequence reaches the caller after all."""
+    update = Scheduler.update
+
+    def wrong(self: Scheduler, result: StepResult) -> list[TokenOutput]:
+        late = [
+            TokenOutput(sequence.request_id, sequence.index, tokens)
+            for (sequence, kv), tokens in zip(self._in_flight[0].samples, result.token_ids, strict=True)
+            if sequence.kv is not kv
+        ]
+        return update(self, result) + late
+
+    patch.setattr(Scheduler, "update", wrong)
+
+
+def siblings_follow_the_first(patch: pytest.MonkeyPatch) -> None:
+    """A forked sequence takes the token of the one it was forked from, where its own is not known yet."""
+    add_sample = Flight.add_sample
+
+    def wrong(self: Flight, sequence: EngineSequence, kv: Any, row: int) -> None:
+        add_sample(self, sequence, kv, row)
+        sequence.sample_index = self.plan.sample_rows.index(row)
+
+    patch.setattr(Flight, "add_sample", wrong)
+
+
+def dropped_results_move_the_others_up(patch: pytest.MonkeyPatch) -> None:
+    """Who has gone while the step ran is taken out of the list of those who wait, but its token is not taken out of the tokens."""
+    update = Scheduler.update
+
+    def wrong(self: Scheduler, result: StepResult) -> list[TokenOutput]:
+        flight = self._in_flight[0]
+        flight.samples = [(sequence, kv) for sequence, kv in flight.samples if sequence.kv is kv]
+        result.token_ids = result.token_ids[: len(flight.samples)]
+        num_dropped = len(flight.plan.sample_rows) - len(flight.samples)
+        outputs = update(self, result)
+        self.stats.num_wasted_rows += num_dropped
+        return outputs
+
+    patch.setattr(Scheduler, "update", wrong)
+
+
+def preempted_sequences_keep_late_tokens(patch: pytest.MonkeyPatch) -> None:
+    """The token that came after a sequence gave way is added to what it knows, and nobody is told."""
+    update = Scheduler.update
+
+    def wrong(self: Scheduler, result: StepResult) -> list[TokenOutput]:
+        for (sequence, kv), tokens in zip(self._in_flight[0].samples, result.token_ids, strict=True):
+            if sequence.kv is not kv and sequence.status is Status.WAITING:
+                sequence.tokens.extend(tokens)
+        return update(self, result)
+
+    patch.setattr(Scheduler, "update", wrong)
+
+
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "batch mates": mixed_up_rows,
     "chunk 16": chunk_forgets_its_past,
@@ -157,6 +216,10 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "n > 1 forks": forks_share_their_tail,
     "resume": resumed_noise_starts_again,
     "neighbours aborted": leaving_clears_the_next_slot,
+    "overlap, stops": late_tokens_are_given_out,
+    "overlap, n > 1": siblings_follow_the_first,
+    "overlap, aborts": dropped_results_move_the_others_up,
+    "overlap, preemption": preempted_sequences_keep_late_tokens,
 }
 
 
@@ -194,6 +257,15 @@ def test_a_row_without_activity_is_red(model: str, monkeypatch: pytest.MonkeyPat
     assert report.rows[0].is_identical
     assert report.rows[0].activity == 0
     assert not report.has_passed
+
+
+def test_a_model_that_cannot_overlap_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows count for nothing, with the reason. Red if they pass as proven, or fail."""
+    monkeypatch.setattr(build, "plans_in_flight", lambda groups, **options: 1)
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4).run(only=["overlap, stops"])
+    assert report.has_passed
+    assert "one after the other" in report.rows[0].not_applicable
+    assert report.rows[0].num_compared == report.rows[0].activity == 0
 
 
 def test_unknown_rows_are_refused(tmp_path: Path) -> None:

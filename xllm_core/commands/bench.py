@@ -56,7 +56,7 @@ def _load_options(num_prompts: int) -> Callable[[_Command], _Command]:
 @command.command("throughput")
 @click.argument("model")
 @_load_options(32)
-@click_options("model", "device", "scheduler", "kv", "log")
+@click_options("model", "device", "engine", "scheduler", "kv", "log", without=("num_engines",))
 def throughput(model: str, **flags: Any) -> None:
     """All requests at once: tokens per second of the batch."""
     _measure(model, flags)
@@ -65,7 +65,7 @@ def throughput(model: str, **flags: Any) -> None:
 @command.command("latency")
 @click.argument("model")
 @_load_options(1)
-@click_options("model", "device", "scheduler", "kv", "log")
+@click_options("model", "device", "engine", "scheduler", "kv", "log", without=("num_engines",))
 def latency(model: str, **flags: Any) -> None:
     """A few requests (one, unless --num-prompts says otherwise): time to the first token and per token."""
     _measure(model, flags)
@@ -107,4 +107,6 @@ def _print(figures: dict[str, Any]) -> None:
     click.echo(f"  first token ms   {figures['ttft_ms']['p50']:>10} p50 {figures['ttft_ms']['p99']:>10} p99")
     click.echo(f"  per token ms     {figures['tpot_ms']['p50']:>10} p50 {figures['tpot_ms']['p99']:>10} p99")
     click.echo("  step ms          " + ", ".join(f"{part} {value}" for part, value in steps.items()))
+    if figures["early_share"]:
+        click.echo(f"  planned early    {figures['early_share']:.1%} of steps, while the one before ran")
     click.echo(f"  peak memory      {figures['peak_memory_bytes'] / 2**20:.0f} MiB")

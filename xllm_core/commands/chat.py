@@ -23,7 +23,7 @@ _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops 
     "--stats/--no-stats", "has_stats", default=True, show_default=True, help="Figures on stderr after each answer."
 )
 @sampling_options
-@click_options("model", "device", "scheduler", "kv", "log")
+@click_options("model", "device", "engine", "scheduler", "kv", "log", without=("num_engines",))
 def command(model: str, message: str | None, system: str | None, has_stats: bool, **flags: Any) -> None:
     """Chat with MODEL: a directory, a .gguf file, pkg:PACKAGE, or a hub id.
 

@@ -23,7 +23,7 @@ _DEFAULT_MAX_TOKENS = 128
 @click.option("--json", "is_json", is_flag=True, help="One JSON object per prompt instead of text.")
 @click.option("--stats/--no-stats", "has_stats", default=True, show_default=True, help="Figures on stderr afterwards.")
 @sampling_options
-@click_options("model", "device", "scheduler", "kv", "log")
+@click_options("model", "device", "engine", "scheduler", "kv", "log", without=("num_engines",))
 def command(
     model: str,
     prompts: tuple[str, ...],

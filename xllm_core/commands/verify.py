@@ -42,6 +42,9 @@ def command(model: str, quick: bool, rows: tuple[str, ...], is_json: bool, **fla
         def show(row: Row, width: int = width) -> None:
             if is_json:
                 return
+            if row.not_applicable:
+                click.echo(f"  {row.feature:<{width}}  not applicable: {row.not_applicable}")
+                return
             verdict = "yes" if row.is_identical else "NO"
             state = f"{row.num_compared:>6} of {row.num_tokens} tokens   {row.activity} {row.what}"
             click.echo(f"  {row.feature:<{width}}  {verdict:<3}  {state}{'' if row.has_passed else '   FAILED'}")

@@ -115,7 +115,7 @@ def build_engine(
     )  # fmt: skip
     scheduler = Scheduler(kv, _build(plan.scheduler), limits)
     step_log = StepLog([_build(choice) for choice in plan.observers])
-    depth = plans_in_flight(geometry.groups, wants_overlap=getattr(settings.engine, "overlap", False))
+    depth = plans_in_flight(geometry.groups, wants_overlap=settings.engine.overlap)
     executor = ThreadExecutor(worker) if depth > 1 else InProcessExecutor(worker)
     engine = Engine(scheduler, executor, vocab_size=vocab_size, step_log=step_log, depth=depth)
     return BuiltEngine(engine, worker, geometry, loaded, store)

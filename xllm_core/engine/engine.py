@@ -46,7 +46,7 @@ class Engine:
         self.executor = executor
         self.vocab_size = vocab_size
         self.step_log = step_log or StepLog()
-        self._depth = depth
+        self.depth = depth
         self._running: deque[_Running] = deque()
         self._failure: BaseException | None = None
 
@@ -95,7 +95,7 @@ class Engine:
             raise
 
     def _step(self) -> list[TokenOutput]:
-        while not self._running or (len(self._running) < self._depth and self.scheduler.can_schedule):
+        while not self._running or (len(self._running) < self.depth and self.scheduler.can_schedule):
             self._launch()
         step = self._running.popleft()
         result = step.future.result()

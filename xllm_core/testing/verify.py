@@ -1,7 +1,8 @@
 """The matrix of ARCHITECTURE §5: the same tokens come out, whatever is switched on.
 
 Every row runs the same prompts, greedy and seeded, with one feature forced to be active, and compares with the plain run: one request
-at a time, prompt in one piece, no prefix cache, room for everything. A row with a difference, or without activity, fails.
+at a time, prompt in one piece, no prefix cache, no overlap, room for everything. A row with a difference, or without activity, fails;
+one that this model cannot have says why, and counts for nothing.
 
 A device that promises row-invariant ops must match to the bit. Another is compared up to the first difference of a sequence, where the
 two candidates must be a near tie under the plain run's own noised scores (1e-3 in float32, 0.25 in bfloat16), and 90 % of all tokens must
@@ -51,7 +52,10 @@ QUICK = Scale((1, 16, 33, 100), 16)
 
 @dataclass(slots=True)
 class Row:
-    """One line of the report. activity counts what the feature did; `what` says what that is. differences: first few, in words."""
+    """One line of the report. activity counts what the feature did; `what` says what that is. differences: first few, in words.
+
+    not_applicable: why this model or device cannot have the feature; "" where it can.
+    """
 
     feature: str
     is_identical: bool
@@ -60,10 +64,13 @@ class Row:
     activity: int
     what: str
     differences: list[str] = field(default_factory=list)
+    not_applicable: str = ""
 
     @property
     def has_passed(self) -> bool:
-        """Identical, active, and enough was compared."""
+        """Identical, active, and enough was compared; or not applicable."""
+        if self.not_applicable:
+            return True
         return self.is_identical and self.activity > 0 and self.num_compared >= MIN_COMPARED * self.num_tokens
 
 
@@ -93,6 +100,10 @@ class Outcome:
     expected: Tokens | None = None
 
 
+class NotApplicableError(XllmError):
+    """A row asks for something that this model or device cannot have."""
+
+
 class Verifier:
     """Runs the matrix of one model and dtype. settings: flat settings under which everything runs (device, use, ...)."""
 
@@ -106,6 +117,7 @@ class Verifier:
         self._allowed = 0.0
         self._baseline: Tokens = {}
         self._requests: list[EngineRequest] = []
+        self._alone: Tokens = {}
 
     def run(self, *, on_row: Callable[[Row], None] = lambda row: None, only: Sequence[str] = ()) -> Report:
         """Run the plain pass, then every row; `on_row` hears of each as it is done. only: names of rows to run."""
@@ -122,9 +134,12 @@ class Verifier:
         for name, play in ROWS.items():
             if only and name not in only:
                 continue
-            outcome = play(self)
-            plain.loaded.parts.bind_kv(plain.worker.cache)  # near ties are judged by the plain engine
-            row = self._compare(name, outcome)
+            try:
+                outcome = play(self)
+                plain.loaded.parts.bind_kv(plain.worker.cache)  # near ties are judged by the plain engine
+                row = self._compare(name, outcome)
+            except NotApplicableError as error:
+                row = Row(name, True, 0, 0, 0, "", not_applicable=str(error))
             report.rows.append(row)
             on_row(row)
         plain.engine.close()
@@ -159,11 +174,7 @@ class Verifier:
 
     def preemption(self) -> Outcome:
         """A pool so small that sequences are thrown out and computed again."""
-        size = self._plan.block_size
-        longest = max(self._scale.lengths) + self._scale.new_tokens
-        with self._engine(
-            max_num_seqs=len(self._requests), num_blocks=-(-longest // size), max_num_batched_tokens=64
-        ) as engine:
+        with self._engine(**self._tight()) as engine:
             return Outcome(drive(engine, self._requests), engine.scheduler.stats.num_preemptions, "preemptions")
 
     def host_store(self) -> Outcome:
@@ -177,12 +188,8 @@ class Verifier:
 
     def forks(self) -> Outcome:
         """n = 3 from one prompt, against three sequences that never shared anything."""
-        several = [replace(r, params=replace(r.params, n=3)) for r in self._requests]
-        expected: Tokens = {}
-        with self._engine(max_num_seqs=3, enable_prefix_cache=False) as engine:
-            for request in several:
-                expected |= drive(engine, [replace(request, emitted=((), (), ()))])
-        with self._engine(max_num_seqs=3 * len(self._requests)) as engine:
+        several, expected = self._several()
+        with self._engine(max_num_seqs=len(expected)) as engine:
             return Outcome(drive(engine, several), engine.scheduler.stats.num_forks, "forks", expected)
 
     def resume(self) -> Outcome:
@@ -197,22 +204,82 @@ class Verifier:
 
     def aborts(self) -> Outcome:
         """As many neighbours again, each thrown out after a few steps."""
+        with self._engine(max_num_seqs=2 * len(self._requests)) as engine:
+            return Outcome(self._abort_mates(engine), engine.scheduler.stats.num_aborted, "neighbours aborted")
+
+    def overlap_stops(self) -> Outcome:
+        """Every sequence ends by a stop token, which is known when its next row is being computed already."""
+        stopped, expected = [], {}
+        for request in self._requests:
+            said = self._baseline[request.request_id, 0]
+            early = said[: len(said) // 2]
+            stop = max(early, key=early.index)  # the last to come for the first time
+            stopped.append(replace(request, params=replace(request.params, stop_token_ids=(stop,))))
+            expected[request.request_id, 0] = said[: said.index(stop) + 1]
+        with self._overlapped(max_num_seqs=len(stopped)) as engine:
+            return Outcome(
+                drive(engine, stopped), engine.scheduler.stats.num_wasted_rows, "rows beyond an end", expected
+            )
+
+    def overlap_forks(self) -> Outcome:
+        """n = 3: siblings go on from tokens that nobody but the worker knows."""
+        several, expected = self._several()
+        num_ahead = 0
+        with self._overlapped(max_num_seqs=len(expected)) as engine:
+
+            def count(plan: StepPlan) -> None:
+                nonlocal num_ahead
+                num_ahead += _count([at >= 0 for at in plan.prev_rows], True) if engine.num_in_flight else 0
+
+            got = drive(engine, several, on_plan=count)
+            return Outcome(got, min(num_ahead, engine.scheduler.stats.num_forks), "forks, rows ahead", expected)
+
+    def overlap_aborts(self) -> Outcome:
+        """Neighbours thrown out while a row of theirs is computed."""
+        with self._overlapped(max_num_seqs=2 * len(self._requests)) as engine:
+            return Outcome(
+                self._abort_mates(engine), engine.scheduler.stats.num_wasted_rows, "rows of aborted neighbours"
+            )
+
+    def overlap_preemption(self) -> Outcome:
+        """Sequences that give way while a row of theirs is computed."""
+        with self._overlapped(**self._tight()) as engine:
+            got = drive(engine, self._requests)
+            return Outcome(got, engine.scheduler.stats.num_wasted_rows, "rows of preempted sequences")
+
+    # ---- what rows share -------------------------------------------------------------------------------------------------------
+
+    def _several(self) -> tuple[list[EngineRequest], Tokens]:
+        """Requests of three sequences, and what these say when they never share anything."""
+        several = [replace(r, params=replace(r.params, n=3)) for r in self._requests]
+        if not self._alone:
+            with self._engine(max_num_seqs=3, enable_prefix_cache=False) as engine:
+                for request in several:
+                    self._alone |= drive(engine, [replace(request, emitted=((), (), ()))])
+        return several, self._alone
+
+    def _tight(self) -> dict[str, int]:
+        """Settings under which sequences have to give way."""
+        longest = max(self._scale.lengths) + self._scale.new_tokens
+        num_blocks = -(-longest // self._plan.block_size)
+        return {"max_num_seqs": len(self._requests), "num_blocks": num_blocks, "max_num_batched_tokens": 64}
+
+    def _abort_mates(self, engine: Engine) -> Tokens:
+        """Run the requests among as many others, and throw those out at random."""
         mates = [replace(r, request_id=f"mate-{r.request_id}", seed=r.seed + 1) for r in self._requests]
         chance = random.Random(0)
         due = {m.request_id: chance.randrange(1, self._scale.new_tokens // 2) for m in mates}
-        with self._engine(max_num_seqs=2 * len(self._requests)) as engine:
 
-            def abort_some(plan: StepPlan) -> None:
-                for request_id in [i for i, left in due.items() if left <= 0]:
-                    engine.abort(request_id)
-                    del due[request_id]
-                for request_id in due:
-                    due[request_id] -= 1
+        def abort_some(plan: StepPlan) -> None:
+            for request_id in [i for i, left in due.items() if left <= 0]:
+                engine.abort(request_id)
+                del due[request_id]
+            for request_id in due:
+                due[request_id] -= 1
 
-            mixed = [r for pair in zip(mates, self._requests, strict=True) for r in pair]
-            got = drive(engine, mixed, on_plan=abort_some)
-            mine = {key: tokens for key, tokens in got.items() if not key[0].startswith("mate-")}
-            return Outcome(mine, engine.scheduler.stats.num_aborted, "neighbours aborted")
+        mixed = [r for pair in zip(mates, self._requests, strict=True) for r in pair]
+        got = drive(engine, mixed, on_plan=abort_some)
+        return {key: tokens for key, tokens in got.items() if not key[0].startswith("mate-")}
 
     # ---- comparison ----------------------------------------------------------------------------------------------------------
 
@@ -279,7 +346,7 @@ class Verifier:
 
     def _build(self, **settings: Any) -> BuiltEngine:
         """An engine under these settings; weights are read once and passed from engine to engine."""
-        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, **settings}
+        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, "overlap": False, **settings}
         made = Settings.from_flags(path=self._model, **flat)
         assembly = assemble(made, PluginManager.discover(made).load())
         if self._assembly is None:
@@ -293,6 +360,13 @@ class Verifier:
             yield built.engine
         finally:
             built.engine.close()
+
+    @contextmanager
+    def _overlapped(self, **settings: Any) -> Iterator[Engine]:
+        with self._engine(overlap=True, **settings) as engine:
+            if engine.depth < 2:
+                raise NotApplicableError("this model's steps are planned one after the other")
+            yield engine
 
     @property
     def _plan(self) -> AssemblyPlan:
@@ -333,6 +407,10 @@ ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "n > 1 forks": Verifier.forks,
     "resume": Verifier.resume,
     "neighbours aborted": Verifier.aborts,
+    "overlap, stops": Verifier.overlap_stops,
+    "overlap, n > 1": Verifier.overlap_forks,
+    "overlap, aborts": Verifier.overlap_aborts,
+    "overlap, preemption": Verifier.overlap_preemption,
 }
 
 

@@ -1,0 +1,88 @@
+"""`[engine] overlap` on a real model: same answers, planned ahead, whole after failures."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from xllm_core import LLM, SamplingParams
+from xllm_core.engine.executor import InProcessExecutor, ThreadExecutor
+from xllm_core.engine.metrics import early_share
+from xllm_core.engine.scheduler import Scheduler
+from xllm_core.errors import EngineDeadError
+from xllm_core.runtime.model_runner import ModelRunner
+from xllm_core.types import StepPlan
+
+PROMPTS = [[i + 5] * (3 * i + 1) for i in range(9)]
+
+
+def engine_of(llm: LLM) -> Any:
+    return llm.processor.client.engine  # type: ignore[attr-defined]
+
+
+def test_the_setting_reaches_the_engine_and_changes_no_answer(tiny_model: str) -> None:
+    """Greedy and seeded, n sequences, ends by text and by length, with logprobs. Red if a late token shows, or scores of another step."""
+    several = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=20 + i, n=1 + i % 3, logprobs=1, stop=["a"] * (i % 2))
+        for i in range(9)
+    ]
+    answers = {}
+    for overlap, kind in ((False, InProcessExecutor), (True, ThreadExecutor)):
+        with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_num_seqs=16, overlap=overlap) as llm:
+            engine = engine_of(llm)
+            assert isinstance(engine.executor, kind)
+            assert engine.depth == 1 + overlap
+            answers[overlap] = [o for answer in llm.generate(PROMPTS, several) for o in answer.outputs]
+            if overlap:
+                assert engine.scheduler.stats.num_wasted_rows > 0
+    for ours, plain in zip(answers[True], answers[False], strict=True):
+        assert (ours.token_ids, ours.text, ours.finish_reason) == (plain.token_ids, plain.text, plain.finish_reason)
+        # The reference device's scores depend on the batch in the last bits.
+        assert ours.cumulative_logprob == pytest.approx(plain.cumulative_logprob, abs=1e-3)
+        assert len(ours.logprobs or ()) == len(ours.token_ids)
+    assert {o.finish_reason for o in answers[True]} == {"stop", "length"}
+
+
+def test_steps_of_a_real_model_are_planned_early(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine sequences, a hundred steps, and a forward that lasts until the next step has been planned or 0.25 s are over.
+
+    At least 90 % of the steps start before the forward of the one before has ended. Red if the engine waits for a result first.
+    """
+    planned = threading.Semaphore(0)
+    schedule, head = Scheduler.schedule, ModelRunner._logits
+
+    def told(self: Scheduler) -> StepPlan:
+        plan = schedule(self)
+        if plan.step:
+            planned.release()
+        return plan
+
+    def patient(self: ModelRunner, *arguments: Any) -> Any:
+        planned.acquire(timeout=0.25)
+        return head(self, *arguments)
+
+    monkeypatch.setattr(Scheduler, "schedule", told)
+    monkeypatch.setattr(ModelRunner, "_logits", patient)
+    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_num_seqs=16, overlap=True) as llm:
+        llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+        records = list(engine_of(llm).step_log.records)
+    assert len(records) >= 100
+    assert early_share(records) >= 0.9
+
+
+def test_a_forward_that_fails_is_told_to_the_caller(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the worker's own error; the model can be closed, and says what happened if it is asked again."""
+    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, overlap=True) as llm:
+        assert llm.generate(PROMPTS[:2], SamplingParams(max_tokens=3))
+
+        def broken(self: ModelRunner, *arguments: Any) -> Any:
+            raise MemoryError("the device is full")
+
+        monkeypatch.setattr(ModelRunner, "_logits", broken)
+        with pytest.raises(MemoryError, match="the device is full"):
+            llm.generate(PROMPTS, SamplingParams(max_tokens=3))
+        with pytest.raises(EngineDeadError, match="the device is full"):
+            llm.generate(PROMPTS, SamplingParams(max_tokens=3))
+    assert not any(thread.name == "xllm-worker" for thread in threading.enumerate())
