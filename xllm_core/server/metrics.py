@@ -78,7 +78,7 @@ class Metrics:
     """A `RequestWatcher`. Label values come from a fixed set: the served name, the engine's number, our own routes and words."""
 
     def __init__(self, model_name: str, num_engines: int = 1) -> None:
-        disable_created_metrics()  # a time per series, which no board reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a time per series, which no board reads
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
         self._model_name = model_name
