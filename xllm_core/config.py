@@ -9,19 +9,28 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import types
-import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    SecretBytes,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from xllm_core.config_sources import PLURAL_KINDS, guess, put, read_environment, read_toml, walk
+from xllm_core.config_flags import click_options
+from xllm_core.config_sources import PLURAL_KINDS, KeyPath, Layer, guess, place_of, put, read_environment, walk
 from xllm_core.config_tables import (
     FLAT_KEYS,
     TABLES,
@@ -39,11 +48,15 @@ from xllm_core.config_tables import (
     holds_secret,
     is_list,
 )
+from xllm_core.config_toml import read_toml
 from xllm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 __all__ = [
     "KINDS", "TABLES", "CorePluginTable", "DeviceTable", "EngineTable", "KVTable", "LogTable", "ModelTable", "PluginsTable",
-    "SchedulerTable", "ServerTable", "Settings", "Table", "click_options", "settings_from_flags", "validate_plugin_table",
+    "SchedulerTable", "ServerTable", "Settings", "Table", "click_options", "plain", "settings_from_flags", "validate_plugin_table",
 ]  # fmt: skip
 
 DEFAULT_FILE = Path("xllm.toml")
@@ -58,52 +71,52 @@ _NARROWED = ("attention", "model", "op")
 
 @dataclass(slots=True)
 class _Reading:
-    """One construction of `Settings`: which file was asked for, and where each value came from."""
+    """One construction of `Settings`: what each source said. Of two settings with equal values neither origin makes them differ."""
 
-    config_path: Path | None = None
-    is_closed: bool = False  # neither variables nor a file are read
-    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list, compare=False)  # highest precedence first
+    config_path: Path | None = field(default=None, compare=False)
+    is_closed: bool = field(default=False, compare=False)  # neither variables nor a file are read
 
 
 _READING: ContextVar[_Reading | None] = ContextVar("_READING", default=None)
 
 
-def _reading() -> _Reading:
-    reading = _READING.get()
-    if reading is None:
-        raise RuntimeError("settings sources were asked outside Settings()")
-    return reading
-
-
 class _Source(PydanticBaseSettingsSource):
+    """A source below what `Settings` was called with."""
+
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         return None, field_name, False  # pydantic-settings asks per field; ours answer for all at once
+
+    @abstractmethod
+    def read(self, config_path: Path | None) -> Layer:
+        """What this source says."""
+
+    def __call__(self) -> dict[str, Any]:
+        reading = _READING.get()
+        if reading is None:
+            raise RuntimeError("settings sources were asked outside Settings()")
+        if reading.is_closed:
+            return {}
+        layer = _checked(self.read(reading.config_path))
+        reading.layers.append(layer)
+        return layer.tables
 
 
 class _EnvironmentSource(_Source):
     """`XLLM_TABLE__KEY=value`."""
 
-    def __call__(self) -> dict[str, Any]:
-        if _reading().is_closed:
-            return {}
+    def read(self, config_path: Path | None) -> Layer:
         known = {table: tuple(model.model_fields) for table, model in TABLES.items()}
         lists = [(t, key) for t, model in TABLES.items() for key, e in model.model_fields.items() if is_list(e)]
-        return read_environment(os.environ, known, lists, _reading().places)
+        return read_environment(os.environ, known, lists)
 
 
 class _TomlSource(_Source):
     """The file."""
 
-    def __call__(self) -> dict[str, Any]:
-        reading = _reading()
-        if reading.is_closed:
-            return {}
-        path = reading.config_path or DEFAULT_FILE
-        if reading.config_path is None and not path.exists():
-            return {}
-        tables = read_toml(path, reading.places)
-        _check_known(tables, lambda keys: reading.places.get(keys, str(path)))
-        return tables
+    def read(self, config_path: Path | None) -> Layer:
+        is_there = config_path is not None or DEFAULT_FILE.exists()
+        return read_toml(config_path or DEFAULT_FILE) if is_there else Layer({})
 
 
 class Settings(BaseSettings):
@@ -129,38 +142,25 @@ class Settings(BaseSettings):
         default_factory=dict, description="One table per plugin, checked by itself."
     )
 
+    _reading: _Reading = PrivateAttr(default_factory=_Reading)
+
     def __init__(self, *, config_path: str | Path | None = None, reads_sources: bool = True, **tables: Any) -> None:
-        reading = _Reading(Path(config_path) if config_path is not None else None, is_closed=not reads_sources)
-        _check_known(tables, lambda keys: _flag_of(keys))
+        reading = _Reading([], Path(config_path) if config_path is not None else None, not reads_sources)
+        reading.layers.append(_checked(Layer(dict(tables), {keys: _flag_of(keys) for keys in walk(tables)})))
         token = _READING.set(reading)
         try:
-            super().__init__(**tables)
+            super().__init__(**reading.layers[0].tables)
         except ValidationError as error:
-            places = {keys: _flag_of(keys) for keys in walk(tables)}
-            raise ConfigError(_explain(error, type(self), {**reading.places, **places})) from error
+            raise ConfigError(_explain(error, type(self), reading.layers)) from error
         finally:
             _READING.reset(token)
-
-    @field_validator("use", "prefer", mode="before")
-    @classmethod
-    def _flatten(cls, value: Any, info: ValidationInfo) -> Any:
-        """`op.linear = "x"` without quotes makes a table in TOML; where a list is due, one name stands for a list of one."""
-        if not isinstance(value, Mapping):
-            return value
-        flat = _dotted(value)
-        for kind, names in flat.items():
-            if isinstance(names, str) and (info.field_name == "prefer" or kind in PLURAL_KINDS):
-                flat[kind] = (names,)
-        return flat
+        self._reading = reading
 
     @field_validator("use", "prefer")
     @classmethod
-    def _check_kinds(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _check_counts(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         for kind, names in value.items():
-            base, _, narrow = kind.partition(".")
-            if base not in KINDS or (narrow and base not in _NARROWED):
-                raise ValueError(f"unknown kind {kind!r}{guess(kind, KINDS)}; kinds are {', '.join(KINDS)}")
-            if info.field_name == "use" and base not in PLURAL_KINDS and not isinstance(names, str):
+            if info.field_name == "use" and kind not in PLURAL_KINDS and not isinstance(names, str):
                 raise ValueError(f"{kind} takes one name, not {list(names)}; give an order of preference in [prefer]")
         return value
 
@@ -201,8 +201,12 @@ class Settings(BaseSettings):
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Every table as plain data that JSON can hold, for `from_tables` in another process. SECRETS ARE READABLE in it."""
-        plain: dict[str, dict[str, Any]] = _plain(self.model_dump())
-        return plain
+        tables: dict[str, dict[str, Any]] = plain(self.model_dump(), shows_secrets=True)
+        return tables
+
+    def place(self, *keys: str) -> str:
+        """Where the value at `keys` (table, key, ...) comes from: "xllm.toml:12:3", "XLLM_KV__NUM_BLOCKS", "--num-blocks", "argument", "default"."""
+        return place_of(self._reading.layers, keys) or "default"
 
     def core_tables(self) -> dict[str, dict[str, Any]]:
         """The core's own tables as plain data, for plugins to read; without secrets."""
@@ -214,48 +218,67 @@ class Settings(BaseSettings):
         }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any, *, shows_secrets: bool = False) -> Any:
+    """A setting, or nested tables of them, as data that JSON can hold. Secrets become "***" unless they are to be shown."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, datetime.date | datetime.time):  # TOML has them; a plugin's model reads them from text as well
+        return {str(key): plain(inner, shows_secrets=shows_secrets) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(inner, shows_secrets=shows_secrets) for inner in value]
+    if isinstance(value, SecretStr | SecretBytes):
+        return str(value.get_secret_value()) if shows_secrets else "***"
+    if isinstance(value, datetime.date | datetime.time):  # TOML has them, and models read them from text as well
         return value.isoformat()
-    return value.get_secret_value() if isinstance(value, SecretStr) else value
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _dotted(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _dotted(inner, f"{above}{key}.") if isinstance(inner, Mapping) else {f"{above}{key}": inner}
-    return flat
+def _flag_of(keys: KeyPath) -> str:
+    if keys[0] == "use" and len(keys) > 1:
+        return "--use"
+    entry = TABLES[keys[0]].model_fields.get(keys[1]) if keys[0] in TABLES and len(keys) > 1 else None
+    if entry is None or holds_secret(entry.annotation) or keys[:2] == ("model", "path"):
+        return "argument"
+    return f"--{flag_name(keys[1], entry).replace('_', '-')}"
 
 
-def _flag_of(keys: tuple[str, ...]) -> str:
-    if keys[1:2] and keys[0] in TABLES and (entry := TABLES[keys[0]].model_fields.get(keys[1])) is not None:
-        if holds_secret(entry.annotation):
-            return "argument"
-        flat = flag_name(keys[1], entry)
-        return f"--{flat.replace('_', '-')}"
-    return "argument"
-
-
-def _check_known(tables: Mapping[str, Any], place: Callable[[tuple[str, ...]], str]) -> None:
-    """Raise for the first table or key that does not exist."""
+def _checked(layer: Layer) -> Layer:
+    """The layer with `[use]` and `[prefer]` flat. Raises ConfigError for the first table, key or kind that does not exist."""
     names = list(Settings.model_fields)
-    for table, value in tables.items():
+    for table, value in layer.tables.items():
+        place = layer.places.get((table,)) or next((p for k, p in layer.places.items() if k[0] == table), "argument")
         if table not in names:
+            raise ConfigError(f"{place}: unknown table [{table}]{guess(table, names)}; tables are {', '.join(names)}")
+        known = list(TABLES[table].model_fields) if table in TABLES else []
+        for key in value if table in TABLES and isinstance(value, Mapping) else ():
+            if key not in known:
+                raise ConfigError(
+                    f"{layer.places.get((table, key), place)}: unknown key [{table}] {key}"
+                    f"{_elsewhere(key, table) or guess(key, known)}; keys are {', '.join(known) or 'none'}"
+                )
+    for table in ("use", "prefer"):
+        if isinstance(value := layer.tables.get(table), Mapping):
+            layer.tables[table] = _flat_kinds(table, value, layer)
+    return layer
+
+
+def _flat_kinds(table: str, value: Mapping[str, Any], layer: Layer, above: KeyPath = ()) -> dict[str, Any]:
+    """`op.linear = "x"` without quotes makes a table in TOML; where a list is due, one name stands for a list of one."""
+    flat: dict[str, Any] = {}
+    for key, names in value.items():
+        path = (*above, key)
+        kind = ".".join(path)
+        if isinstance(names, Mapping):
+            flat |= _flat_kinds(table, names, layer, path)
+            continue
+        place = layer.places.get((table, *path), "argument")
+        layer.places[table, kind] = place
+        base, _, narrow = kind.partition(".")
+        if base not in KINDS or (narrow and base not in _NARROWED):
             raise ConfigError(
-                f"{place((table,))}: unknown table [{table}]{guess(table, names)}; tables are {', '.join(names)}"
+                f"{place}: [{table}] unknown kind {kind!r}{guess(kind, KINDS)}; kinds are {', '.join(KINDS)}"
             )
-        if table in TABLES and isinstance(value, Mapping):
-            known = list(TABLES[table].model_fields)
-            for key in value:
-                if key not in known:
-                    raise ConfigError(
-                        f"{place((table, key))}: unknown key [{table}] {key}{_elsewhere(key, table) or guess(key, known)}"
-                        f"; keys are {', '.join(known) or 'none'}"
-                    )
+        is_one_of_several = isinstance(names, str) and (table == "prefer" or kind in PLURAL_KINDS)
+        flat[kind] = (names,) if is_one_of_several else names
+    return flat
 
 
 def _elsewhere(key: str, table: str) -> str:
@@ -263,19 +286,23 @@ def _elsewhere(key: str, table: str) -> str:
     return f"; it belongs in [{homes[0]}]" if homes else ""
 
 
-def _explain(error: ValidationError, model: type[BaseModel], places: Mapping[tuple[str, ...], str]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel], layers: Sequence[Layer]) -> str:
     """One line per wrong value: where it was written, which key, what it is, what is allowed."""
     lines = []
     for problem in error.errors(include_url=False):
         keys = tuple(str(part) for part in problem["loc"])
-        place = next((places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in places), "argument")
-        reason = problem["msg"].removeprefix("Value error, ")
-        reason = reason[:1].lower() + reason[1:]
+        places = (place_of(layers, keys[:end]) for end in range(len(keys), 0, -1))
+        place = next((place for place in places if place is not None), "argument")
         table, rest = keys[0] if keys else "", ".".join(keys[1:2])
         about = f" ({note})" if (note := _description(model, keys)) else ""
         shown = shown_value(model, keys, problem["input"])
-        lines.append(f"{place}: [{table}] {rest} = {shown}: {reason}{about}".replace("]  =", "] ="))
+        lines.append(f"{place}: [{table}] {rest} = {shown}: {_reason(problem)}{about}".replace("]  =", "] ="))
     return "\n".join(lines)
+
+
+def _reason(problem: ErrorDetails) -> str:
+    reason = problem["msg"].removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]
 
 
 def _field_at(model: type[BaseModel], keys: Iterable[str]) -> FieldInfo | None:
@@ -304,13 +331,23 @@ def shown_value(model: type[BaseModel], keys: tuple[str, ...], value: Any) -> st
     return "***" if is_secret else repr(value)
 
 
-def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Check `[plugin.ID]` with the plugin's own model; returns plain data with defaults. Raises ConfigError that names key and value."""
+def validate_plugin_table(
+    plugin_id: str, model: type[BaseModel], raw: Mapping[str, Any], settings: Settings | None = None
+) -> dict[str, Any]:
+    """Check `[plugin.ID]` with the plugin's own model; returns plain data with defaults. Raises ConfigError that names key and value.
+
+    settings: where `raw` came from, so that the message says in which line, too.
+    """
+
+    def place(*keys: str) -> str:
+        found = settings.place("plugin", plugin_id, *keys) if settings is not None else "default"
+        return f"{found}: " if found != "default" else ""
+
     known = list(model.model_fields)
     for key in raw:
         if key not in known:
             raise ConfigError(
-                f"[plugin.{plugin_id}] {key}: unknown key{guess(key, known)}; keys are {', '.join(known)}"
+                f"{place(key)}[plugin.{plugin_id}] {key}: unknown key{guess(key, known)}; keys are {', '.join(known)}"
             )
     try:
         return model.model_validate(dict(raw)).model_dump()
@@ -319,40 +356,8 @@ def validate_plugin_table(plugin_id: str, model: type[BaseModel], raw: Mapping[s
         for problem in error.errors(include_url=False):
             keys = tuple(str(part) for part in problem["loc"])
             shown = shown_value(model, keys, problem["input"])
-            lines.append(f"[plugin.{plugin_id}] {'.'.join(keys)} = {shown}: {problem['msg']}")
+            lines.append(f"{place(*keys)}[plugin.{plugin_id}] {'.'.join(keys)} = {shown}: {_reason(problem)}")
         raise ConfigError("\n".join(lines)) from error
-
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def click_options(*tables: str, without: Collection[str] = ()) -> Callable[[_Command], _Command]:
-    """Give a click command `--config`, `--use KIND=NAME` and one flag per field of these tables; read them with `settings_from_flags`.
-
-    without: fields that mean nothing to this command. Values stay text until `Settings` checks them, so that a flag, a variable and a
-    line of the file fail with one message.
-    """
-    import click
-
-    def decorate(command: _Command) -> _Command:
-        for table in reversed(tables):
-            for name, entry in reversed(list(TABLES[table].model_fields.items())):
-                flat = flag_name(name, entry)
-                if name in without:
-                    continue
-                if holds_secret(entry.annotation):
-                    command = _refused_flag(flat, f"XLLM_{table}__{name}".upper())(command)
-                elif (table, name) != ("model", "path"):  # the model is each command's argument
-                    command = click.option(*_flag(flat, entry), **_flag_type(name, entry))(command)
-        pins = click.option(
-            "--use", multiple=True, metavar="KIND=NAME", help="Pin a part, e.g. attention=core/paged. Repeatable."
-        )
-        config = click.option(
-            "--config", "config_path", type=click.Path(), metavar="FILE", help="Settings file; default ./xllm.toml."
-        )
-        return config(pins(command))
-
-    return decorate
 
 
 def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:
@@ -373,45 +378,3 @@ def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:
     settings = Settings.from_flags(config_path, **given, **more)
     logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(name)s: %(message)s")  # to stderr
     return settings
-
-
-def _flag(flat: str, entry: FieldInfo) -> tuple[str, ...]:
-    flag = flat.replace("_", "-")
-    if entry.annotation is bool:
-        off = flag.replace("enable-", "disable-") if flag.startswith("enable-") else f"no-{flag}"
-        return (f"--{flag}/--{off}", flat)
-    return (f"--{flag}", flat)
-
-
-def _refused_flag(flat: str, variable: str) -> Callable[[_Command], _Command]:
-    """A flag that only explains why there is none: command lines show in `ps` and in shell histories."""
-    import click
-
-    flag = flat.removesuffix("s").replace("_", "-")
-
-    def refuse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
-        if value is not None:
-            raise click.UsageError(
-                f"--{flag} is not offered: a secret on a command line shows in ps; use --{flag}-file FILE or the variable {variable}"
-            )
-
-    return click.option(
-        f"--{flag}", f"--{flag}s", expose_value=False, hidden=True, is_eager=True, flag_value="", is_flag=False, callback=refuse
-    )  # fmt: skip
-
-
-def _flag_type(name: str, entry: FieldInfo) -> dict[str, Any]:
-    default = "" if entry.default is None or entry.default == () else f"  [default: {entry.default}]"
-    options: dict[str, Any] = {"default": None, "help": f"{entry.description}{default}"}
-    if entry.annotation is bool:
-        return options
-    if is_list(entry):
-        return options | {"multiple": True, "metavar": "TEXT", "help": f"{entry.description}  [repeatable]"}
-    arguments = typing.get_args(entry.annotation)
-    if typing.get_origin(entry.annotation) is Literal:
-        options["metavar"] = "|".join(str(argument) for argument in arguments)
-        return options
-    plain = [a for a in arguments if a is not types.NoneType] if arguments else [entry.annotation]
-    number = "SECONDS" if name.endswith("_s") else "BYTES" if name.endswith("_bytes") else "N"
-    options["metavar"] = number if plain in ([int], [float]) else "TEXT"
-    return options

@@ -151,11 +151,13 @@ def xllm_cli() -> Iterable[CommandSpec]:
         "serve": "Serve a model over HTTP, as OpenAI's API.",
         "generate": "Complete prompts and print the answers.",
         "chat": "Talk to a model in the terminal.",
+        "run-batch": "Answer a file of requests.",
         "verify": "Prove that switching features on changes no answer.",
         "bench": "Measure throughput or latency of a model.",
         "doctor": "Check this machine, the plugins and what they would choose.",
         "models": "Show a model's facts, or the architectures that can be served.",
         "plugins": "List plugins, and explain why a part is chosen.",
+        "config": "Show every setting and where it comes from.",
     }
     for name, summary in summaries.items():
-        yield CommandSpec(name=name, target=f"xllm_core.commands.{name}:command", summary=summary)
+        yield CommandSpec(name=name, target=f"xllm_core.commands.{name.replace('-', '_')}:command", summary=summary)

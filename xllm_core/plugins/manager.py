@@ -326,7 +326,7 @@ class PluginManager:
             return {}
         from xllm_core.config import validate_plugin_table  # pydantic, which listing commands does not need
 
-        return validate_plugin_table(info.id, load_target(info.config, owner=f"plugin {info.id}"), raw)
+        return validate_plugin_table(info.id, load_target(info.config, owner=f"plugin {info.id}"), raw, self._settings)
 
     def _refuse_hidden_commands(self) -> None:
         """A plugin whose id is the name of a core command could never be reached as `xllm ID`."""
