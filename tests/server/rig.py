@@ -155,12 +155,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: str, log_path: Path, *flags: str, wait: bool = True, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    model: str, log_path: Path, *flags: str, wait: bool = True, env: dict[str, str] | None = None
+) -> Iterator[Server]:
     """`xllm serve MODEL --port 0 FLAGS` until the block ends; nothing of it is left afterwards."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     command = [sys.executable, "-m", "xllm_core.cli", "serve", model, "--port", "0", *flags]
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=log_path.parent)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=log_path.parent
+        )
     server = Server(process, log_path)
     try:
         if wait:

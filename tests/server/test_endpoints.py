@@ -9,7 +9,9 @@ from tests.server.rig import Server
 
 def test_completion(server: Server) -> None:
     """One prompt: fields, usage, finish."""
-    answer = server.post("/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 5, "temperature": 0, "ignore_eos": True})
+    answer = server.post(
+        "/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    )
     assert answer.status == 200 and answer.headers["content-type"] == "application/json"
     body = answer.json
     assert body["object"] == "text_completion" and body["model"] == "tiny" and body["id"].startswith("cmpl-")
@@ -69,7 +71,8 @@ def test_tokenize_and_back(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/v1/models", 405)]
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/v1/models", 405)],
 )
 def test_routes_that_are_not_there(server: Server, method: str, path: str, status: int) -> None:
     """Errors have OpenAI's shape there too."""

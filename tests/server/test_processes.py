@@ -222,7 +222,10 @@ def test_several_engines_share_the_requests(long_model: str, tmp_path: Path) -> 
     with serving(long_model, tmp_path / "log.txt", *FLAGS, "--num-engines", "2") as server:
         assert len(server.engine_pids) == 2
         clients = under_way(server)
-        assert {engine: server.metric("vllm:num_requests_running", engine=engine) for engine in "01"} == {"0": 2, "1": 1}
+        assert {engine: server.metric("vllm:num_requests_running", engine=engine) for engine in "01"} == {
+            "0": 2,
+            "1": 1,
+        }
         os.kill(server.engine_pids[1], signal.SIGKILL)
         assert server.process.wait(GONE_S) == 70
         wait_gone(server.engine_pids, GONE_S)

