@@ -62,6 +62,9 @@ $(VENV)/.test-ready: $(VENV)/.demo-ready tests/system-packages.txt
 	  echo "set-up: installing system packages: $$packages"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages >/dev/null; \
 	else echo "set-up: tests that need them are skipped; to run them: sudo apt-get install $$packages"; fi
+	@if command -v npm >/dev/null; then echo "set-up: installing OpenAI's client for Node"; \
+	  npm install --silent --no-audit --no-fund --prefix $(VENV)/node openai@6; \
+	else echo "set-up: the test of OpenAI's client for Node is skipped; to run it, install Node 20 with npm"; fi
 	@touch $@
 
 demo: $(VENV)/.demo-ready ## a real model answers PROMPT in the terminal
