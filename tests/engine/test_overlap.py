@@ -190,6 +190,12 @@ def test_close_while_a_step_runs(make_rig: MakeRig) -> None:
     assert [plan.step for plan in rig.worker.plans] == [0, 1]
 
 
+def test_there_is_no_third_plan(make_rig: MakeRig) -> None:
+    """Its rows would need tokens of two steps before, which nobody could give."""
+    with pytest.raises(ValueError, match="1 or 2 plans in flight, not 3"):
+        make_rig(64, depth=3, is_threaded=False)
+
+
 @pytest.mark.parametrize(
     ("kinds", "wants_overlap", "depth"),
     [

@@ -30,7 +30,8 @@ class _Running:
 class Engine:
     """Owns the scheduler and the executor. Not thread-safe: one thread submits, steps and aborts.
 
-    depth: plans in flight. With 1 a step is whole before the next is scheduled; with 2 the next is scheduled while it runs.
+    depth: plans in flight. With 1 a step is whole before the next is scheduled; with 2 the next is scheduled while it runs. Not more: a row
+    can point at the step before (`prev_rows`), and what was sampled earlier than that must be known.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Engine:
         step_log: StepLog | None = None,
         depth: int = 1,
     ) -> None:
+        if depth not in (1, 2):
+            raise ValueError(f"an engine has 1 or 2 plans in flight, not {depth}")
         self.scheduler = scheduler
         self.executor = executor
         self.vocab_size = vocab_size

@@ -71,7 +71,10 @@ class Miss:
 
 
 class KVIndex(Protocol):
-    """The scheduler's side of a store. Called between steps; answers at once or says `Later`."""
+    """The scheduler's side of a store. Called while steps are planned; answers at once or says `Later`.
+
+    With overlap the worker's thread calls the mover meanwhile: what both sides share needs a lock.
+    """
 
     def lookup(self, keys: Sequence[bytes]) -> Hit | Later | Miss:
         """How much of a chain of storage keys (consecutive blocks of one sequence) is held."""
