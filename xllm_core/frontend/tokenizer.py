@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,18 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from xllm_core.errors import ModelFormatError
 from xllm_core.plugins.contracts.weights import TokenizerFiles
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # what byte-fallback vocabularies call a byte
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level vocabularies (GPT-2's and all after it) write bytes."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in set(shown)]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
@@ -50,6 +63,18 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token by itself, as logprobs show it; special tokens included."""
         return self.decode((token_id,), skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be part of a character: those of an answer's tokens add up to its text."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        name: str = self._rust.id_to_token(token_id) or ""
+        if found := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(found[1])
+        if name and all(letter in _BYTE_ALPHABET for letter in name):
+            return bytes(_BYTE_ALPHABET[letter] for letter in name)
+        return text.encode()
 
 
 def _open(path: Path) -> RustTokenizer:

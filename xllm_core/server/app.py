@@ -22,14 +22,13 @@ from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.frontend.validation import shown
 from xllm_core.server import openai, schemas
 from xllm_core.server.body import BodyLimits, ClientGone, read_json
-from xllm_core.server.guard import ApiKeys, Guard, send_problem
+from xllm_core.server.guard import CLIENT_GONE, ApiKeys, Guard, send_problem
 from xllm_core.server.metrics import CONTENT_TYPE, Metrics
 from xllm_core.server.openai import Job, Reply
 from xllm_core.server.problems import Problem, describe
 from xllm_core.server.stream import EventStream, wait_disconnect, wait_whole
 
 _IN_LOOP_CHARS = 8192  # longer prompts are tokenized on a thread, so that the loop goes on
-_CLIENT_GONE = 499  # as nginx logs it; nobody reads it
 _log = logging.getLogger("xllm.serve")
 
 
@@ -82,6 +81,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, checks_host: bool) -> Guard
     return Guard(
         app, keys=keys, has_open_metrics=state.settings.open_metrics, metrics=state.metrics, routes=lambda: paths,
         allowed_hosts=state.settings.allowed_hosts if checks_host else None, logs_requests=state.settings.log_requests,
+        max_header_bytes=state.settings.max_header_bytes,
     )  # fmt: skip
 
 
@@ -92,9 +92,9 @@ def _add_routes(app: FastAPI, state: ServerState) -> None:
     def post(
         path: str, handler: Callable[[Request], Awaitable[Response]], model: type[schemas.Body], summary: str
     ) -> None:
-        schema = {
-            "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}
-        }
+        body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        definitions.update(body.pop("$defs", {}))
+        schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
         app.add_api_route(
             path, handler, methods=["POST"], summary=summary, openapi_extra=schema, response_class=JsonResponse
         )
@@ -120,7 +120,11 @@ def _add_routes(app: FastAPI, state: ServerState) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = made()
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI promises it; what is wrong is a 400 here
+                operation["responses"]["default"] = {"description": "An error, as OpenAI's clients expect it"}
+        schema["components"] = {"schemas": definitions}
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -149,7 +153,7 @@ def _add_error_handlers(app: FastAPI, state: ServerState) -> None:
 
     async def gone(request: Request, error: Exception) -> Response:
         state.metrics.left("disconnect")
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
 
     app.add_exception_handler(XllmError, ours)
     app.add_exception_handler(HTTPException, by_status)

@@ -37,11 +37,11 @@ async def read_json(headers: dict[bytes, bytes], receive: Receive, limits: BodyL
     if kind != b"application/json":
         raise HttpRefusal(
             f"Content-Type is {shown(kind.decode('latin-1'))}; send the body as application/json",
-            status=415, code="unsupported_media_type", should_close=True,
+            status=415, code="unsupported_media_type",
         )  # fmt: skip
     if b"content-encoding" in headers:
         raise HttpRefusal(
-            "Content-Encoding is not supported; send the body as it is", status=415, code="unsupported_media_type", should_close=True
+            "Content-Encoding is not supported; send the body as it is", status=415, code="unsupported_media_type"
         )  # fmt: skip
     return parse_object(await read_bytes(headers, receive, limits))
 
@@ -119,8 +119,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"the body is not valid JSON: {error.msg} at {place}") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise InvalidRequestError(f"the body holds a number that is out of range: {error}") from None
+    except ValueError:  # an integer of thousands of digits
+        raise InvalidRequestError("the body holds an integer of thousands of digits; give a smaller one") from None
     if not isinstance(value, dict):
         raise InvalidRequestError(f"the body is a JSON {_kind(value)}; send an object")
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
@@ -139,7 +139,8 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InvalidRequestError(f"the key {shown(twin)} stands twice in one object; keep one", param=twin[:64])
+        param = twin[:64].encode(errors="replace").decode()  # the answer must be valid Unicode, whatever the key was
+        raise InvalidRequestError(f"the key {shown(twin)} stands twice in one object; keep one", param=param)
     return found
 
 

@@ -18,6 +18,7 @@ from xllm_core.server.metrics import Metrics
 from xllm_core.server.problems import Problem, describe
 from xllm_core.server.stream import Message, Receive, Send
 
+CLIENT_GONE = 499  # as nginx counts it; nobody reads it
 MAX_HEADERS = 100
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/health/startup", "/ping", "/version"})
 """What needs no key. Paths are compared whole, never by their beginning."""
@@ -26,6 +27,12 @@ _LABEL = re.compile(rb"[\x21-\x7e]{1,128}")
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", ""})
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 _log = logging.getLogger("xllm.access")
+
+
+def headers_too_large(max_header_bytes: int) -> HttpRefusal:
+    """The refusal, wherever it is noticed."""
+    text = f"the request's line and headers are larger than {max_header_bytes} bytes ([server] max_header_bytes)"
+    return HttpRefusal(text, status=431, code="headers_too_large", should_close=True)
 
 
 class ApiKeys:
@@ -56,11 +63,12 @@ class Guard:
     """Wraps the application. Puts `request_id`, `label` and `tenant` into `scope["state"]`.
 
     allowed_hosts: names of a Host header that are served where no key is set; None serves every name. routes: paths for metrics.
+    max_header_bytes: of line and headers together, those that came in one piece too, which h11 does not measure.
     """
 
     def __init__(
         self, app: App, *, keys: ApiKeys, has_open_metrics: bool, allowed_hosts: Sequence[str] | None, metrics: Metrics,
-        routes: Callable[[], frozenset[str]], logs_requests: bool,
+        routes: Callable[[], frozenset[str]], logs_requests: bool, max_header_bytes: int,
     ) -> None:  # fmt: skip
         self._app = app
         self._keys = keys
@@ -69,6 +77,7 @@ class Guard:
         self._metrics = metrics
         self._routes = routes
         self._logs_requests = logs_requests
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Check, then pass on."""
@@ -103,6 +112,7 @@ class Guard:
                     raise
         finally:
             path = scope["path"] if scope["path"] in self._routes() else "other"
+            status = status or CLIENT_GONE
             self._metrics.responded(_method(scope), path, status)
             if self._logs_requests:
                 took_ms = (time.monotonic() - started_s) * 1e3
@@ -110,6 +120,11 @@ class Guard:
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> str:
         """The tenant; raises HttpRefusal."""
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) + 4 for k, v in scope["headers"])
+        )
+        if size > self._max_header_bytes:
+            raise headers_too_large(self._max_header_bytes)
         if len(scope["headers"]) > MAX_HEADERS:
             text = f"{len(scope['headers'])} headers, at most {MAX_HEADERS} are taken"
             raise HttpRefusal(text, status=431, code="too_many_headers", should_close=True)

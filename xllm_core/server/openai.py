@@ -10,7 +10,7 @@ from typing import Any
 from xllm_core.errors import InvalidRequestError, PromptTooLongError
 from xllm_core.frontend.processor import Prepared, Processor, Prompt
 from xllm_core.frontend.tokenizer import Tokenizer
-from xllm_core.frontend.validation import MAX_LOGPROBS, shown
+from xllm_core.frontend.validation import MAX_LOGIT_BIAS, MAX_LOGPROBS, shown
 from xllm_core.server.schemas import ChatBody, CompletionBody
 from xllm_core.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
@@ -22,6 +22,10 @@ _TEMPLATE_NAMES = frozenset(
         "eos_token", "chat_template",
     }
 )  # fmt: skip
+_MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})
+_EMPTY_MESSAGE_KEYS = frozenset(
+    {"refusal", "audio", "function_call", "annotations"}
+)  # clients send answers back as they got them
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _PLAIN = (
     "n", "min_tokens", "frequency_penalty", "presence_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
@@ -60,7 +64,7 @@ def completion_job(body: CompletionBody, processor: Processor, *, max_prompts: i
     n = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != n:
         raise InvalidRequestError(
-            f"best_of = {body.best_of} beside n = {n} is not supported: nothing is ranked; leave best_of out",
+            f"best_of = {shown(body.best_of)} beside n = {shown(n)} is not supported: nothing is ranked; leave best_of out",
             param="best_of",
         )
     is_echo = body.echo is True
@@ -73,6 +77,12 @@ def completion_job(body: CompletionBody, processor: Processor, *, max_prompts: i
                 "echo with logprobs cannot be streamed; set stream to false, or leave one of the others out",
                 param="echo",
             )
+        if body.prompt_logprobs not in (None, body.logprobs):
+            raise InvalidRequestError(
+                f"prompt_logprobs = {shown(body.prompt_logprobs)} beside echo and logprobs = {shown(body.logprobs)}: they report the same positions; "
+                "leave prompt_logprobs out, or give both one number",
+                param="prompt_logprobs",
+            )
         params = replace(params, prompt_logprobs=body.logprobs)
     return Job(
         is_chat=False, prompts=_salted(prompts, body), params=params, num_top=body.logprobs, is_echo=is_echo, is_echo_only=is_echo_only,
@@ -83,7 +93,7 @@ def completion_job(body: CompletionBody, processor: Processor, *, max_prompts: i
 def chat_job(body: ChatBody, processor: Processor) -> Job:
     """Understand a chat request; renders its template, which may take milliseconds. Raises InvalidRequestError."""
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     if num_top is not None and not 0 <= num_top <= MAX_LOGPROBS:
@@ -124,22 +134,30 @@ def conversation(
 
 
 def _flat_message(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """Content parts become one text; a part that is no text is refused by name."""
+    """Content parts become one text; a part that is no text is refused by name, and so is a key that no message has."""
+    for key, value in message.items():
+        if key not in _MESSAGE_KEYS and not (key in _EMPTY_MESSAGE_KEYS and value in (None, [], {}, "")):
+            what = "is not supported" if key in _EMPTY_MESSAGE_KEYS else "no message has"
+            raise InvalidRequestError(
+                f"messages[{index}] has the key {shown(key)}, which {what}; leave it out", param="messages"
+            )
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    texts = []
-    for j, part in enumerate(content):
-        where = f"messages[{index}].content[{j}]"
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            raise InvalidRequestError(
-                f"{where} has type {shown(kind)}; this model takes text parts only", param="messages"
-            )
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequestError(f"{where}.text = {shown(part.get('text'))}: it must be a text", param="messages")
-        texts.append(part["text"])
+    texts = [_part_text(part, f"messages[{index}].content[{j}]") for j, part in enumerate(content)]
     return {**message, "content": "\n".join(texts)}
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise InvalidRequestError(f"{where} has type {shown(kind)}; this model takes text parts only", param="messages")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{where}.text = {shown(text)}: it must be a text", param="messages")
+    if unknown := sorted(part.keys() - {"type", "text"}):
+        raise InvalidRequestError(f"{where} has the unknown key {shown(unknown[0])}; leave it out", param="messages")
+    return text
 
 
 def _common(body: CompletionBody | ChatBody) -> dict[str, Any]:
@@ -149,11 +167,11 @@ def _common(body: CompletionBody | ChatBody) -> dict[str, Any]:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
     if stream and body.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs cannot be streamed; set stream to false", param="prompt_logprobs")
-    has_usage = options is not None and options.include_usage
+    has_usage = options is not None and options.include_usage is True
     return {
         "is_stream": stream,
         "has_usage": has_usage,
-        "has_usage_always": has_usage and options is not None and options.continuous_usage_stats,
+        "has_usage_always": has_usage and options is not None and options.continuous_usage_stats is True,
         "has_token_ids": body.return_token_ids is True,
         "label": body.request_id,
     }
@@ -168,8 +186,16 @@ def _params(
     if given.get("seed") == -1:
         del given["seed"]
     if body.logit_bias is not None:
-        given["logit_bias"] = {_token_key(key): value for key, value in body.logit_bias.items()}
+        given["logit_bias"] = _logit_bias(body.logit_bias)
     return replace(default, max_tokens=max_tokens, logprobs=logprobs, **given)
+
+
+def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
+    if len(given) > MAX_LOGIT_BIAS:  # before a million keys are read
+        raise InvalidRequestError(
+            f"logit_bias has {len(given)} entries; it must be at most {MAX_LOGIT_BIAS}", param="logit_bias"
+        )
+    return {_token_key(key): value for key, value in given.items()}
 
 
 def _token_key(key: str) -> int:
@@ -291,12 +317,12 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
         }
 
-    def logprobs(self, output: CompletionOutput, first: int, end: int) -> dict[str, Any] | None:
-        """Logprobs of the tokens first..end of one sequence; None where nobody asked."""
+    def logprobs(self, output: CompletionOutput, first: int, end: int, offset: int = 0) -> dict[str, Any] | None:
+        """Logprobs of the tokens first..end of one sequence; None where nobody asked. offset: characters of the tokens before them."""
         if self.job.num_top is None or output.logprobs is None:
             return None
         entries = list(zip(output.token_ids[first:end], output.logprobs[first:end], strict=True))
-        return _chat_logprobs(entries, self.job.num_top) if self.job.is_chat else self._text_logprobs(entries)
+        return self._chat_logprobs(entries) if self.job.is_chat else self._text_logprobs(entries, offset)
 
     def _choice(self, group: RequestOutput, output: CompletionOutput, index: int) -> dict[str, Any]:
         job = self.job
@@ -326,16 +352,16 @@ class Reply:
         ids = [*group.prompt_token_ids, *output.token_ids[:end]]
         return self._text_logprobs(list(zip(ids, [*group.prompt_logprobs, *output.logprobs[:end]], strict=True)))
 
-    def _text_logprobs(self, entries: Entries) -> dict[str, Any]:
+    def _text_logprobs(self, entries: Entries, offset: int = 0) -> dict[str, Any]:
         tokens: list[str] = []
         chosen: list[float | None] = []
         top: list[dict[str, float] | None] = []
-        offsets, offset = [], 0
+        offsets = []
         for token, scores in entries:
             text = scores[token].decoded_token if scores is not None else self._token_text(token)
             tokens.append(text)
             chosen.append(_finite(scores[token].logprob) if scores is not None else None)
-            top.append(None if scores is None else {s.decoded_token: _finite(s.logprob) for s in scores.values()})
+            top.append(None if scores is None else _by_text(scores))
             offsets.append(offset)
             offset += len(text)
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
@@ -343,24 +369,34 @@ class Reply:
     def _token_text(self, token: int) -> str:
         return self._tokenizer.token_text(token) if self._tokenizer is not None else ""
 
+    def _chat_logprobs(self, entries: Entries) -> dict[str, Any]:
+        content, num_top = [], self.job.num_top or 0
+        for token, scores in entries:
+            if scores is None:
+                continue
+            ranked = [(i, one) for i, one in scores.items() if one.rank is not None and one.rank <= num_top]
+            top = [self._scored(i, one) for i, one in ranked]
+            content.append(self._scored(token, scores[token]) | {"top_logprobs": top})
+        return {"content": content}
+
+    def _scored(self, token: int, one: Logprob) -> dict[str, Any]:
+        text = one.decoded_token
+        is_part = "\ufffd" in text and self._tokenizer is not None
+        raw = self._tokenizer.token_bytes(token) if is_part and self._tokenizer is not None else text.encode()
+        return {"token": text, "logprob": _finite(one.logprob), "bytes": list(raw)}
+
 
 def echo_text(group: RequestOutput, job: Job) -> str:
     """The prompt as text, where echo was asked for; a prompt of token ids was decoded when it was prepared."""
     return (group.prompt or "") if job.is_echo else ""
 
 
-def _chat_logprobs(entries: Entries, num_top: int) -> dict[str, Any]:
-    content = []
-    for token, scores in entries:
-        if scores is None:
-            continue
-        ranked = [one for one in scores.values() if one.rank is not None and one.rank <= num_top]
-        content.append(_scored(scores[token]) | {"top_logprobs": [_scored(one) for one in ranked]})
-    return {"content": content}
-
-
-def _scored(one: Logprob) -> dict[str, Any]:
-    return {"token": one.decoded_token, "logprob": _finite(one.logprob), "bytes": list(one.decoded_token.encode())}
+def _by_text(scores: Mapping[int, Logprob]) -> dict[str, float]:
+    """Scores by the tokens' text, likeliest first. Of tokens that show as the same text (parts of characters) the likeliest counts."""
+    found: dict[str, float] = {}
+    for one in scores.values():
+        found.setdefault(one.decoded_token, _finite(one.logprob))
+    return found
 
 
 def _prompt_logprobs(group: RequestOutput) -> list[dict[str, Any] | None]:

@@ -36,9 +36,8 @@ class Problem(msgspec.Struct):
 def describe(error: BaseException, *, retry_after_s: int = 1) -> Problem:
     """What a client is told. Of an error that is not ours it learns nothing but that it happened: no path, no type, no address."""
     if not isinstance(error, XllmError):
-        return Problem(
-            500, "internal error; the server's log has the details under this request's id", code="internal_error"
-        )
+        text = "internal error; the server's log has the details under this request's id"
+        return Problem(500, text, code="internal_error", headers={"x-should-retry": "false"})
     status = error.http_status
     headers: dict[str, str] = {}
     if error.is_retryable:

@@ -1,17 +1,23 @@
-"""What stock uvicorn lacks: a time for headers, a bound of connections, and JSON in the answer to what is not HTTP."""
+"""What stock uvicorn lacks: a time for headers, a bound of connections, an end of readers that never read, JSON where HTTP is broken."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from xllm_core.errors import HttpRefusal
+from xllm_core.server.guard import headers_too_large
 from xllm_core.server.problems import describe
+
+_LINGER_S = 1.0
+_log = logging.getLogger("xllm.serve")
 
 
 class ServerProtocol(H11Protocol):
@@ -21,6 +27,7 @@ class ServerProtocol(H11Protocol):
     """
 
     header_timeout_s = 10.0
+    write_timeout_s = 30.0
     max_header_bytes = 65536
     max_connections = 1024
 
@@ -29,6 +36,8 @@ class ServerProtocol(H11Protocol):
         super().connection_made(transport)
         self.app_state = {**self.app_state, "transport": transport}
         self._deadline: asyncio.TimerHandle | None = None
+        self._unsent_check: asyncio.TimerHandle | None = None
+        self._is_refused = False
         if len(self.connections) > self.max_connections:
             self._refuse(
                 HttpRefusal(
@@ -40,29 +49,40 @@ class ServerProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._unwatch()
+        if self._unsent_check is not None:
+            self._unsent_check.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse; a request that is not whole yet runs against the clock."""
+        if self._is_refused:
+            return  # read, so that the client gets to reading its answer
         super().data_received(data)
-        if self.transport.is_closing():
-            self._unwatch()
-        elif self._is_waiting_for_client():
-            self._watch()
-        else:
-            self._unwatch()
+        self._set_clock()
+
+    def on_response_complete(self) -> None:
+        """A response went out, as far as the client takes it."""
+        super().on_response_complete()
+        self._watch_unsent(self.transport.get_write_buffer_size())
 
     def send_400_response(self, msg: str) -> None:
         """Answer what h11 could not read, and close."""
         error = sys.exc_info()[1]
-        status = getattr(error, "error_status_hint", 400)
-        if status == 431:
-            text = f"the request's headers are larger than {self.max_header_bytes} bytes ([server] max_header_bytes)"
-            self._refuse(HttpRefusal(text, status=431, code="headers_too_large"))
+        if getattr(error, "error_status_hint", 400) == 431:
+            self._refuse(headers_too_large(self.max_header_bytes))
+            return
+        reason = str(error or msg).partition(":")[0][:200]  # what follows a colon is what the client sent
+        self._refuse(HttpRefusal(f"not a valid HTTP request: {reason}", status=400, code="invalid_http"))
+
+    def _set_clock(self) -> None:
+        if self._is_refused:
+            return
+        if self._is_waiting_for_client() and not self.transport.is_closing():
+            self._watch()
         else:
-            self._refuse(HttpRefusal(f"not a valid HTTP request: {error or msg}", status=400, code="invalid_http"))
+            self._unwatch()
 
     def _is_waiting_for_client(self) -> bool:
         """Part of a head has come and not all of it; or an answered request whose body still drips in."""
@@ -84,24 +104,57 @@ class ServerProtocol(H11Protocol):
         text = f"no whole request came within {self.header_timeout_s:g} s ([server] header_timeout_s)"
         self._refuse(HttpRefusal(text, status=408, code="header_timeout"))
 
+    def _watch_unsent(self, num_bytes: int) -> None:
+        """Look again later whether the client has taken anything of what waits for it."""
+        if num_bytes and self._unsent_check is None:
+            self._unsent_check = self.loop.call_later(self.write_timeout_s, self._drop_if_stuck, num_bytes)
+
+    def _drop_if_stuck(self, num_before: int) -> None:
+        self._unsent_check = None
+        num_bytes = self.transport.get_write_buffer_size()
+        if num_bytes >= num_before and self.cycle.response_complete:
+            _log.warning(
+                "a client took nothing of its answer for %g s ([server] write_timeout_s) and was dropped",
+                self.write_timeout_s,
+            )
+            self.transport.abort()
+        else:
+            self._watch_unsent(num_bytes)
+
     def _refuse(self, error: HttpRefusal) -> None:
         """Write one response by hand, if none has begun, and close."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
+        self._is_refused = True
+        self.connections.discard(self)  # those that were turned away keep nobody out
+        self._unwatch()
+        self._unset_keepalive_if_required()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            problem = describe(error)
-            body = json.dumps(problem.body()).encode()
-            head = [
-                f"HTTP/1.1 {problem.status} {error.code}", "content-type: application/json", f"content-length: {len(body)}",
-                "connection: close", *(f"{name.lower()}: {value}" for name, value in problem.headers.items() if name != "Connection"),
-            ]  # fmt: skip
-            self.transport.write("\r\n".join([*head, "", ""]).encode("latin-1") + body)
+            self.transport.write(_written(error))
         if self.cycle is not None:
-            self.cycle.disconnected = True
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
             self.cycle.message_event.set()
-        self.transport.close()
+        # Closed at once, a connection with unread data is reset, and the client may never see its answer.
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._deadline = self.loop.call_later(_LINGER_S, self.transport.abort)
+
+
+def _written(error: HttpRefusal) -> bytes:
+    problem = describe(error)
+    body = msgspec.json.encode(problem.body())
+    headers = {name.lower(): value for name, value in problem.headers.items()} | {
+        "content-type": "application/json", "content-length": str(len(body)), "connection": "close",
+    }  # fmt: skip
+    head = [
+        f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+        "",
+        "",
+    ]
+    return "\r\n".join(head).encode("latin-1") + body
 
 
 def limited(**limits: Any) -> type[ServerProtocol]:
-    """A protocol class with these limits: header_timeout_s, max_header_bytes, max_connections."""
+    """A protocol class with these limits: header_timeout_s, write_timeout_s, max_header_bytes, max_connections."""
     return type("LimitedProtocol", (ServerProtocol,), limits)

@@ -106,6 +106,7 @@ class _Life:
         is_local = table.uds is None and table.host in ("127.0.0.1", "localhost", "::1")
         protocol = limited(
             header_timeout_s=table.header_timeout_s,
+            write_timeout_s=table.write_timeout_s,
             max_header_bytes=table.max_header_bytes,
             max_connections=table.max_connections,
         )

@@ -26,8 +26,8 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """`stream_options`."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class _Generation(Body):

@@ -37,6 +37,7 @@ class _Sent:
 
     num_chars: int = 0
     num_tokens: int = 0
+    num_token_chars: int = 0  # of tokens by themselves, as logprobs count them
     has_begun: bool = False
     is_over: bool = False
 
@@ -78,7 +79,7 @@ class Chunks:
             choice["delta"] = {"content": text} if text or finish is None else {}
         else:
             choice["text"] = text if sent.has_begun else echo_text(group, job) + text
-        choice["logprobs"] = self._reply.logprobs(output, sent.num_tokens, end)
+        choice["logprobs"] = self._logprobs(output, sent, end)
         choice["finish_reason"] = "length" if job.is_echo_only and finish else finish
         if finish is not None:
             choice["stop_reason"] = None if job.is_echo_only else output.stop_reason
@@ -89,6 +90,12 @@ class Chunks:
         sent.num_chars, sent.num_tokens, sent.has_begun = len(output.text), end, True
         sent.is_over = finish is not None
         yield self._event({"choices": [choice]})
+
+    def _logprobs(self, output: CompletionOutput, sent: _Sent, end: int) -> dict[str, Any] | None:
+        found = self._reply.logprobs(output, sent.num_tokens, end, sent.num_token_chars)
+        if found is not None:
+            sent.num_token_chars += sum(len(token) for token in found.get("tokens", ()))
+        return found
 
     def _role(self, index: int, group: RequestOutput) -> dict[str, Any]:
         first = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -175,7 +182,8 @@ class EventStream(Response):
                 return
             await self._put(send, event(problem.body()))
             await self._put(send, DONE)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with asyncio.timeout(self._write_timeout_s):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         """What goes out, as it comes. Raises what ended the answer early."""
