@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from xllm_core.commands.bench_serve import command as serve
 from xllm_core.config import click_options, settings_from_flags
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -16,7 +17,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 @click.group("bench")
 def command() -> None:
-    """Measure MODEL in this process, with random prompts of a fixed length.
+    """Measure MODEL in this process (throughput, latency), or a server that runs (serve).
 
     The last line of the output is one JSON object with every figure and its conditions.
     """
@@ -51,6 +52,9 @@ def _load_options(num_prompts: int) -> Callable[[_Command], _Command]:
         return function
 
     return decorate
+
+
+command.add_command(serve)
 
 
 @command.command("throughput")
