@@ -46,22 +46,24 @@ def test_the_setting_reaches_the_engine_and_changes_no_answer(tiny_model: str) -
 
 
 def test_steps_of_a_real_model_are_planned_early(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine sequences, a hundred steps, and a forward that lasts until the next step has been planned or 0.25 s are over.
+    """Nine sequences, a hundred steps, and a forward that lasts until the next step has been planned or half a second is over.
 
     At least 90 % of the steps start before the forward of the one before has ended. Red if the engine waits for a result first.
     """
-    planned = threading.Semaphore(0)
     schedule, head = Scheduler.schedule, ModelRunner._logits
+    is_planned, planned = threading.Condition(), [0]
 
     def told(self: Scheduler) -> StepPlan:
         plan = schedule(self)
-        if plan.step:
-            planned.release()
+        with is_planned:
+            planned[0] = plan.step + 1
+            is_planned.notify()
         return plan
 
-    def patient(self: ModelRunner, *arguments: Any) -> Any:
-        planned.acquire(timeout=0.25)
-        return head(self, *arguments)
+    def patient(self: ModelRunner, plan: StepPlan, *arguments: Any) -> Any:
+        with is_planned:
+            is_planned.wait_for(lambda: planned[0] > plan.step + 1, timeout=0.5)
+        return head(self, plan, *arguments)
 
     monkeypatch.setattr(Scheduler, "schedule", told)
     monkeypatch.setattr(ModelRunner, "_logits", patient)

@@ -27,30 +27,33 @@ LONG_S = 30.0
 
 
 class PatientWorker(ChecksumWorker):
-    """Its forward lasts until another step has been planned, or for `patience_s`: as long as it takes, however busy the machine is."""
+    """Its forward lasts until the next step has been planned, or for `patience_s`: as long as it takes, however busy the machine is."""
 
-    patience_s = 0.25
+    patience_s = 0.5
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.plans_ahead = threading.Semaphore(0)
+        self.is_planned = threading.Condition()
+        self.num_planned = 0
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """Know of every plan that this scheduler makes."""
+        schedule = scheduler.schedule
+
+        def told() -> StepPlan:
+            plan = schedule()
+            with self.is_planned:
+                self.num_planned = plan.step + 1
+                self.is_planned.notify()
+            return plan
+
+        scheduler.schedule = told  # type: ignore[method-assign]
 
     def execute(self, plan: StepPlan) -> FakeHandle:
-        self.plans_ahead.acquire(timeout=self.patience_s)
+        if not plan.is_empty:
+            with self.is_planned:
+                self.is_planned.wait_for(lambda: self.num_planned > plan.step + 1, timeout=self.patience_s)
         return super().execute(plan)
-
-
-def watch_planning(rig: Rig) -> None:
-    """Let the worker know of every plan but the first."""
-    schedule = rig.engine.scheduler.schedule
-
-    def told() -> StepPlan:
-        plan = schedule()
-        if plan.step:
-            rig.worker.plans_ahead.release()  # type: ignore[attr-defined]
-        return plan
-
-    rig.engine.scheduler.schedule = told  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("depth", "is_threaded", "num_tokens"), [(2, True, 120), (1, True, 12), (1, False, 12)])
@@ -59,8 +62,10 @@ def test_steps_are_planned_while_the_one_before_runs(
 ) -> None:
     """By their time stamps, at least 90 % of them; and none with one plan in flight. Red if the engine waits before it plans."""
     rig = make_rig(400, depth=depth, is_threaded=is_threaded, worker_type=PatientWorker, max_num_seqs=9)
-    rig.worker.patience_s = 0.25 if depth == 2 else 0.01  # type: ignore[attr-defined]
-    watch_planning(rig)
+    assert isinstance(rig.worker, PatientWorker)
+    if depth == 1:
+        rig.worker.patience_s = 0.01
+    rig.worker.watch(rig.engine.scheduler)
     rig.run([request(f"r{i}", [i] * (i + 1), num_tokens, ignore_eos=True) for i in range(9)])
     records = list(rig.engine.step_log.records)
     assert len(records) > num_tokens
