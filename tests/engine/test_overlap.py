@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -193,6 +195,33 @@ def test_close_while_a_step_runs(make_rig: MakeRig) -> None:
     assert rig.engine.num_in_flight == 0
     assert not rig.engine.executor._thread.is_alive()  # type: ignore[attr-defined]
     assert [plan.step for plan in rig.worker.plans] == [0, 1]
+
+
+def test_an_interrupt_while_waiting_for_a_result(make_rig: MakeRig) -> None:
+    """As a second Ctrl-C does: it is raised at once, the engine says so afterwards, and can be closed. Red if the wait cannot be broken."""
+    rig = make_rig(64, depth=2, is_threaded=True)
+    rig.engine.submit(request("a", [1, 2, 3], 20))
+    may_end = threading.Event()
+    execute = rig.worker.execute
+
+    def slow(plan: StepPlan) -> Any:
+        if plan.step == 3:
+            while rig.engine.scheduler.stats.num_steps < 5:
+                time.sleep(0.001)  # the engine is then inside the call that waits for this plan
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert may_end.wait(LONG_S)
+        return execute(plan)
+
+    rig.worker.execute = slow  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            rig.engine.step()
+    assert not may_end.is_set()
+    with pytest.raises(EngineDeadError, match="KeyboardInterrupt"):
+        rig.engine.step()
+    may_end.set()
+    rig.engine.close()
+    assert [plan.step for plan in rig.worker.plans][:4] == [0, 1, 2, 3]
 
 
 def test_there_is_no_third_plan(make_rig: MakeRig) -> None:
