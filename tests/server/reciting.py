@@ -1,0 +1,50 @@
+"""A Llama that recites: after each token of a text it says the next one, and after the last the first, whatever else stands before."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from tests.e2e.conftest import VOCAB, add_tokenizer
+from tests.fixtures.tiny_models import make_tiny
+
+TEXT = "aé€😀"  # characters of one, two, three and four bytes, and no byte twice
+_HIDDEN = 272
+
+
+def make_reciting(path: Path, *, context: int = 512) -> str:
+    """Write it to `path`. The byte tokenizer gives each byte a token, so that most tokens are a part of a character."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer
+
+    make_tiny(
+        "llama",
+        path,
+        vocab_size=VOCAB,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=context,
+        hidden_size=_HIDDEN,
+    )
+    add_tokenizer(path)
+    ids = Tokenizer.from_file(str(path / "tokenizer.json")).encode(TEXT).ids
+    assert len(set(ids)) == len(TEXT.encode())
+    weights = load_file(path / "model.safetensors")
+    for name, weight in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weight.zero_()  # layers add nothing: what comes next depends on the last token alone
+    weights["model.norm.weight"].fill_(1.0)
+    weights["model.embed_tokens.weight"].copy_(torch.eye(VOCAB, _HIDDEN))
+    weights["lm_head.weight"].zero_()
+    for token, following in itertools.pairwise([*ids, ids[0]]):
+        weights["lm_head.weight"][following, token] = 4.0
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return str(path)
+
+
+def recited(start: str, num_bytes: int) -> str:
+    """What comes after `start`, whose last byte is one of the text; a character that is cut off shows as U+FFFD."""
+    raw = TEXT.encode()
+    at = raw.index(start.encode()[-1]) + 1
+    return bytes(raw[(at + i) % len(raw)] for i in range(num_bytes)).decode(errors="replace")
