@@ -13,8 +13,8 @@ from xllm_core.errors import ConfigError
 
 PREFIX = "XLLM_"
 
-OTHER_VARIABLES = ("XLLM_CACHE_DIR",)
-"""Variables that are no settings, as they are read before any is: where converted tokenizers are kept."""
+OTHER_VARIABLES = ("XLLM_API_KEY", "XLLM_CACHE_DIR")
+"""Variables that are no settings: the key that our clients send, and where converted tokenizers are kept, which is read before any setting."""
 
 PLURAL_KINDS = ("logits_processors", "observers")
 """Kinds of `[use]` that take a list."""

@@ -34,7 +34,7 @@ _log = logging.getLogger("xllm.serve")
 
 @dataclass(slots=True)
 class ServerState:
-    """What routes read. model_names: the first is shown, all are served. is_draining: no new work is taken."""
+    """What routes read. model_names: the first is shown, all are served. is_draining: balancers are told to look elsewhere."""
 
     serving: Serving
     metrics: Metrics
@@ -42,11 +42,16 @@ class ServerState:
     model_names: tuple[str, ...]
     created: int
     is_draining: bool = False
+    takes_work: bool = True
+
+    def take_no_more(self) -> None:
+        """Refuse what comes from now on."""
+        self.takes_work = False
 
     @property
     def processor(self) -> Processor:
         """The text side. Raises EngineDeadError or HttpRefusal (503) where no work is taken."""
-        if self.is_draining:
+        if not self.takes_work:
             raise HttpRefusal(
                 "the server is shutting down; ask another", status=503, code="shutting_down", should_close=True
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -102,6 +103,8 @@ class _Life:
         from xllm_core.server.protocol import limited
 
         self._serving, self._metrics, self._table, self._sock, self._report = serving, metrics, table, sock, report
+        if table.log_requests:
+            logging.getLogger("xllm.access").setLevel(logging.INFO)  # asked for by name, whatever the level of the rest
         self._state: ServerState = ServerState(serving, metrics, table, names, created=int(time.time()))
         is_local = table.uds is None and table.host in ("127.0.0.1", "localhost", "::1")
         protocol = limited(
@@ -167,6 +170,7 @@ class _Life:
             f"{signal.Signals(number).name}: {serving.num_unfinished} requests under way have {table.shutdown_timeout_s:g} s to end; "
             "a second signal ends them now"
         )
+        asyncio.get_running_loop().call_later(table.drain_delay_s, self._state.take_no_more)
         again = asyncio.create_task(self._signals.get())
         died = asyncio.create_task(serving.death.wait())
         idle = asyncio.create_task(self._until_idle(table.drain_delay_s, table.shutdown_timeout_s))
