@@ -59,6 +59,7 @@ def test_a_whole_run(server: FakeServer, tmp_path: Path) -> None:
     assert warm_up["max_tokens"] == 4 and warm_up["prompt"] not in [body["prompt"] for body in bodies]
     assert {len(body["prompt"]) for body in bodies} == {7}
     assert all(body["ignore_eos"] is True and body["max_tokens"] == 5 for body in bodies)
+    assert "prompts were in the server's cache, as after a run with the same --seed" in result.stdout
     assert f"{server.url}, {MODEL}, 2 clients, 6 requests of 7 + 5 tokens, seed 9" in result.stdout
 
 
@@ -89,7 +90,7 @@ def test_a_trace(server: FakeServer, tmp_path: Path) -> None:
     assert sorted(body["prompt"] for body in server.bodies) == sorted(prompts.ids(ask) for ask in asks)
     load = json.loads((tmp_path / "x.json").read_text())["conditions"]["load"]
     assert (load["trace"], load["length_factor"], load["time_factor"]) == ("trace.jsonl", 0.1, 0.2)
-    assert figures(result)["client_lag_ms"] is not None
+    assert figures(result)["client_lag_ms"] is not None and "same --seed" not in result.stdout
     for more, words in (
         (("--clients", "2"), "2 clients, 3 requests of trace.jsonl"),
         (("--rate", "100"), "100 requests/s, 3"),

@@ -129,7 +129,9 @@ def command(**options: Any) -> None:
         plots.check_matplotlib()
     run, conditions = asyncio.run(_measure(options))
     figures = report.summarise(run, targets)
-    click.echo("\n".join([_title(conditions), *report.lines(figures)]))
+    click.echo(
+        "\n".join([_title(conditions), *report.lines(figures, is_sharing_expected="trace" in conditions["load"])])
+    )
     if options["json_path"] is not None:
         whole = {"figures": figures, "conditions": conditions, "samples": [sample.to_json() for sample in run.samples]}
         options["json_path"].write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

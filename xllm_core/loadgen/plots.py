@@ -28,7 +28,7 @@ def draw(samples: Sequence[Sample], figures: Mapping[str, Any], title: str, fold
     done = [sample for sample in samples if sample.outcome == "ok"]
     return [
         _latency(done, figures, title, folder / "latency.png"),
-        _timeline(samples, title, folder / "timeline.png"),
+        _timeline(samples, figures, title, folder / "timeline.png"),
     ]
 
 
@@ -47,9 +47,10 @@ def _latency(done: Sequence[Sample], figures: Mapping[str, Any], title: str, pat
 
 
 def _histogram(axes: Any, values_s: Sequence[float], spread: Mapping[str, float] | None, of_what: str) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     _tidy(axes)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(of_what)
     if spread is None:
         axes.text(0.5, 0.5, "nothing measured", ha="center", va="center", transform=axes.transAxes, color=_GREY)
@@ -79,14 +80,16 @@ def _histogram(axes: Any, values_s: Sequence[float], spread: Mapping[str, float]
     axes.legend(frameon=False, fontsize=9)
 
 
-def _timeline(samples: Sequence[Sample], title: str, path: Path) -> Path:
+def _timeline(samples: Sequence[Sample], figures: Mapping[str, Any], title: str, path: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     end_s = max(((s.sent_s or 0.0) + (s.end_s or 0.0) for s in samples), default=0.0)
-    step_s = next((step for step in (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0) if end_s <= step * 120), 60.0)
+    usual_gap_s = figures["itl_ms"]["p50"] / 1e3 if figures["itl_ms"] else 0.0
+    least_s = max(end_s / 120, usual_gap_s * 4)  # shorter than the server's steps, the plot would be a comb
+    step_s = next((step for step in (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0) if step >= least_s), 60.0)
     begins, tokens, running = timeline(samples, step_s)
     edges = np.append(begins, begins[-1] + step_s)
     upper.stairs(tokens, edges, fill=True, color=_BLUE, alpha=0.85)

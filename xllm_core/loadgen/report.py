@@ -85,8 +85,8 @@ def summarise(run: Run, targets: Mapping[str, float]) -> dict[str, Any]:
     return figures
 
 
-def lines(figures: Mapping[str, Any]) -> list[str]:
-    """The figures for people."""
+def lines(figures: Mapping[str, Any], *, is_sharing_expected: bool = True) -> list[str]:
+    """The figures for people. is_sharing_expected: False for prompts that have nothing in common, so that hits in the server's cache are odd."""
     ended = figures["completed"] + figures["failed"]
     shown = [
         f"  requests           {figures['completed']} of {ended} completed, {figures['failed']} failed"
@@ -116,6 +116,10 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
         share = "none judged" if goodput["share"] is None else f"{goodput['share']:.1%} of requests"
         shown.append(f"  goodput            {share}, {_number(goodput['requests_per_s'])} requests/s, within {wanted}")
     shown.append(f"  client             {figures['client_cpu_s']:.2f} s of processor time")
+    if figures["cached_tokens"] and not is_sharing_expected:
+        shown.append(
+            "  note: prompts were in the server's cache, as after a run with the same --seed; the first token came sooner for it"
+        )
     if figures["shorter_than_asked"]:
         shown.append(f"  note: {figures['shorter_than_asked']} answers are shorter than asked (the model ended them)")
     if figures["without_usage"]:
