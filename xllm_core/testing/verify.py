@@ -217,9 +217,7 @@ class Verifier:
             stopped.append(replace(request, params=replace(request.params, stop_token_ids=(stop,))))
             expected[request.request_id, 0] = said[: said.index(stop) + 1]
         with self._overlapped(max_num_seqs=len(stopped)) as engine:
-            return Outcome(
-                drive(engine, stopped), engine.scheduler.stats.num_wasted_rows, "rows beyond an end", expected
-            )
+            return Outcome(drive(engine, stopped), num_wasted(engine), "rows beyond an end", expected)
 
     def overlap_forks(self) -> Outcome:
         """n = 3: siblings go on from tokens that nobody but the worker knows."""
