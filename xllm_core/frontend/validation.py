@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Set, Sized
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,10 @@ REPETITION_PENALTIES = (
 )  # logits are multiplied by it once; far beyond what changes an answer, well inside float32
 _INT32_MAX = (1 << 31) - 1
 _INT64 = 1 << 63
+_SHORT = reprlib.Repr()  # reads the beginning of a value only, however large it is
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 300
 _BOOLS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 
@@ -108,7 +113,7 @@ def check_salt(salt: object) -> str:
 def shown(value: object, max_chars: int = 60) -> str:
     """A value for a message, short whatever it is."""
     try:
-        text = repr(value)
+        text = _SHORT.repr(value)
     except ValueError:  # Python does not print integers of thousands of digits
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= max_chars else text[:max_chars] + "..."

@@ -21,14 +21,14 @@ from xllm_core.frontend.serving import Answer, Serving
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.frontend.validation import shown
 from xllm_core.server import openai, schemas
-from xllm_core.server.body import BodyLimits, ClientGone, read_json
+from xllm_core.server.body import BodyLimits, ClientGone, parse_object, read_body
 from xllm_core.server.guard import CLIENT_GONE, ApiKeys, Guard, send_problem
 from xllm_core.server.metrics import CONTENT_TYPE, Metrics
 from xllm_core.server.openai import Job, Reply
 from xllm_core.server.problems import Problem, describe
 from xllm_core.server.stream import EventStream, wait_disconnect, wait_whole
 
-_IN_LOOP_CHARS = 8192  # longer prompts are tokenized on a thread, so that the loop goes on
+_IN_LOOP_BYTES = 8192  # larger bodies are read, checked and tokenized on a thread, so that the loop goes on
 _log = logging.getLogger("xllm.serve")
 
 
@@ -182,28 +182,33 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         """`/v1/completions`."""
-        body = await self._body(request, schemas.CompletionBody)
-        model = self._state.check_model(body.model)
-        processor = self._state.processor
-        job = openai.completion_job(body, processor, max_prompts=self._state.settings.max_prompts_per_request)
-        return await self._generate(request, replace(job, model=model), processor)
+        raw = await self._raw(request)
+        return await self._generate(request, *await self._off_loop(len(raw), self._understand_completion, raw))
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
-        body = await self._body(request, schemas.ChatBody)
-        model = self._state.check_model(body.model)
-        processor = self._state.processor
-        job = await self._off_loop(_size(body.messages), openai.chat_job, body, processor)
-        return await self._generate(request, replace(job, model=model), processor)
+        raw = await self._raw(request)
+        return await self._generate(request, *await self._off_loop(len(raw), self._understand_chat, raw))
 
-    async def _generate(self, request: Request, job: Job, processor: Processor) -> Response:
+    def _understand_completion(self, raw: bytes) -> tuple[Job, list[Prepared]]:
+        body = self._parse(raw, schemas.CompletionBody)
+        model, processor = self._state.check_model(body.model), self._state.processor
+        job = openai.completion_job(body, processor, max_prompts=self._state.settings.max_prompts_per_request)
+        return replace(job, model=model), openai.prepare(job, processor)
+
+    def _understand_chat(self, raw: bytes) -> tuple[Job, list[Prepared]]:
+        body = self._parse(raw, schemas.ChatBody)
+        model, processor = self._state.check_model(body.model), self._state.processor
+        job = openai.chat_job(body, processor)
+        return replace(job, model=model), openai.prepare(job, processor)
+
+    async def _generate(self, request: Request, job: Job, prepared: list[Prepared]) -> Response:
         scope = request.scope["state"]
-        prepared: list[Prepared] = await self._off_loop(_size(job.prompts), openai.prepare, job, processor)
         prepared = [_for_tenant(one, scope["tenant"]) for one in prepared]
         if job.label is not None:
             scope["label"] = _label(job.label)
         answer = self._state.serving.submit(prepared, scope["request_id"])
-        reply = Reply(job, scope["request_id"], processor.tokenizer)
+        reply = Reply(job, scope["request_id"], self._state.processor.tokenizer)
         if job.is_stream:
             table, metrics = self._state.settings, self._state.metrics
             return EventStream(
@@ -230,14 +235,16 @@ class _Routes:
         if failed is not None:
             raise RuntimeError(failed)
 
-    async def _body(self, request: Request, model: type[schemas._Model]) -> schemas._Model:
-        body = await read_json(dict(request.scope["headers"]), request.receive, self._limits)
-        return schemas.parse(model, body, self._state.metrics.ignored)
+    async def _raw(self, request: Request) -> bytes:
+        return await read_body(dict(request.scope["headers"]), request.receive, self._limits)
+
+    def _parse(self, raw: bytes, model: type[schemas._Model]) -> schemas._Model:
+        return schemas.parse(model, parse_object(raw), self._state.metrics.ignored)
 
     @staticmethod
-    async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _off_loop(num_bytes: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it here, or on a thread if it has much to read."""
-        if size <= _IN_LOOP_CHARS:
+        if num_bytes <= _IN_LOOP_BYTES:
             return function(*arguments)
         return await asyncio.to_thread(function, *arguments)
 
@@ -245,34 +252,37 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> Response:
         """`/tokenize`."""
-        body = await self._body(request, schemas.TokenizeBody)
+        raw = await self._raw(request)
+        return JsonResponse(await self._off_loop(len(raw), self._tokens_of, raw))
+
+    def _tokens_of(self, raw: bytes) -> dict[str, Any]:
+        body = self._parse(raw, schemas.TokenizeBody)
         self._state.check_model(body.model)
         processor = self._state.processor
-        size = len(body.prompt or "") + _size(body.messages or [])
-        tokens: list[int] = await self._off_loop(size, _tokenize, body, processor)
-        answer: dict[str, Any] = {
-            "count": len(tokens),
-            "max_model_len": processor.client.info().max_model_len,
-            "tokens": tokens,
-        }
+        tokens = _tokenize(body, processor)
+        length = processor.client.info().max_model_len
+        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": length, "tokens": tokens}
         if body.return_token_strs:
             assert processor.tokenizer is not None
             answer["token_strs"] = [processor.tokenizer.token_text(token) for token in tokens]
-        return JsonResponse(answer)
+        return answer
 
     async def detokenize(self, request: Request) -> Response:
         """`/detokenize`."""
-        body = await self._body(request, schemas.DetokenizeBody)
+        raw = await self._raw(request)
+        return JsonResponse({"prompt": await self._off_loop(len(raw), self._text_of, raw)})
+
+    def _text_of(self, raw: bytes) -> str:
+        body = self._parse(raw, schemas.DetokenizeBody)
         self._state.check_model(body.model)
         processor = self._state.processor
-        tokenizer, vocab_size = _require_tokenizer(processor), processor.client.info().vocab_size
+        vocab_size = processor.client.info().vocab_size
         bad = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
         if bad is not None:
             raise InvalidRequestError(
                 f"token id {shown(bad)} in tokens is outside the vocabulary 0..{vocab_size - 1}", param="tokens"
             )
-        text = await self._off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
-        return JsonResponse({"prompt": text})
+        return _require_tokenizer(processor).decode(body.tokens, skip_special_tokens=False)
 
     # ---- what is here, and how it is -----------------------------------------------------------------------------------------
 
@@ -381,14 +391,3 @@ def _label(label: str) -> str:
             "request_id must be 1 to 128 printable ASCII characters without spaces", param="request_id"
         )
     return label
-
-
-def _size(value: Any) -> int:
-    """Characters of text in prompts or messages, roughly."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(_size(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return len(value) if value and type(value[0]) is int else sum(_size(inner) for inner in value)
-    return 0

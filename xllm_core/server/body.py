@@ -13,7 +13,6 @@ from xllm_core.errors import HttpRefusal, InvalidRequestError
 from xllm_core.frontend.validation import shown
 
 MAX_DEPTH = 64
-_DRAIN_S = 2.0
 
 Receive = Callable[[], Awaitable[Any]]
 
@@ -31,8 +30,8 @@ class ClientGone(Exception):
     """The connection closed before the request was whole; nobody is there to answer."""
 
 
-async def read_json(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits) -> dict[str, Any]:
-    """The request's JSON object. Raises HttpRefusal (408, 413, 415), InvalidRequestError (what is not JSON), ClientGone."""
+async def read_body(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits) -> bytes:
+    """The whole body of a request that says it is JSON; `parse_object` reads it. Raises HttpRefusal (408, 413, 415), ClientGone."""
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json":
         raise HttpRefusal(
@@ -43,14 +42,8 @@ async def read_json(headers: dict[bytes, bytes], receive: Receive, limits: BodyL
         raise HttpRefusal(
             "Content-Encoding is not supported; send the body as it is", status=415, code="unsupported_media_type"
         )  # fmt: skip
-    return parse_object(await read_bytes(headers, receive, limits))
-
-
-async def read_bytes(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits) -> bytes:
-    """The whole body, within the limits."""
     declared = int(headers.get(b"content-length", b"0"))
     if declared > limits.max_body_bytes:
-        await _drain(receive, declared)
         raise _too_large(declared, limits)
     body, more = bytearray(), True
     deadline_s = time.monotonic() + limits.body_timeout_s
@@ -68,29 +61,14 @@ async def read_bytes(headers: dict[bytes, bytes], receive: Receive, limits: Body
         if len(body) > limits.max_body_bytes:
             size = len(body)
             body.clear()
-            await _drain(receive, limits.max_body_bytes)
             raise _too_large(size, limits)
     return bytes(body)
-
-
-async def _drain(receive: Receive, max_bytes: int) -> None:
-    """Take the rest, for a moment: a client that still writes when the connection closes never reads the answer."""
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(_DRAIN_S):
-            while num_bytes <= 2 * max_bytes:
-                message = await receive()
-                num_bytes += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
 
 
 def _too_large(size: int, limits: BodyLimits) -> HttpRefusal:
     return HttpRefusal(
         f"the body has {size} bytes or more, at most {limits.max_body_bytes} are taken ([server] max_body_bytes)",
-        status=413, code="body_too_large", should_close=True,
+        status=413, code="body_too_large",  # the connection stays: what still comes is passed over, else the client never gets to reading this
     )  # fmt: skip
 
 

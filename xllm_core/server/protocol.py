@@ -17,7 +17,29 @@ from xllm_core.server.guard import headers_too_large
 from xllm_core.server.problems import describe
 
 _LINGER_S = 1.0
+_CHUNK_BYTES = 5  # the shortest header and footer that a chunk can have
 _log = logging.getLogger("xllm.serve")
+
+
+class CountingConnection(h11.Connection):
+    """Bounds the framing of a body as its headers are bounded: a chunk costs as much time as a header, however few bytes it brings."""
+
+    def __init__(self, role: type[h11.SERVER], max_framing_bytes: int) -> None:
+        super().__init__(role, max_framing_bytes)
+        self._max_framing_bytes = max_framing_bytes
+        self._num_framing_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """The next part of a request. Raises RemoteProtocolError for what is not one."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_framing_bytes = 0
+        elif isinstance(event, h11.Data) and event.chunk_start:
+            self._num_framing_bytes += _CHUNK_BYTES
+            if self._num_framing_bytes > self._max_framing_bytes:
+                text = f"the body comes in too many chunks; those of one request may have {self._max_framing_bytes} bytes of headers"
+                raise h11.RemoteProtocolError(f"{text} ([server] max_header_bytes)")
+        return event
 
 
 class ServerProtocol(H11Protocol):
@@ -38,6 +60,7 @@ class ServerProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._unsent_check: asyncio.TimerHandle | None = None
         self._is_refused = False
+        self.conn = CountingConnection(h11.SERVER, self.max_header_bytes)
         if len(self.connections) > self.max_connections:
             self._refuse(
                 HttpRefusal(
@@ -67,13 +90,16 @@ class ServerProtocol(H11Protocol):
         super().on_response_complete()
         self._watch_unsent(self.transport.get_write_buffer_size())
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: whoever asks for another protocol gets this one, and no advice belongs in the log."""
+
     def send_400_response(self, msg: str) -> None:
         """Answer what h11 could not read, and close."""
         error = sys.exc_info()[1]
         if getattr(error, "error_status_hint", 400) == 431:
             self._refuse(headers_too_large(self.max_header_bytes))
             return
-        reason = str(error or msg).partition(":")[0][:200]  # what follows a colon is what the client sent
+        reason = str(error or msg).partition(": bytearray")[0]  # where h11 shows what the client sent
         self._refuse(HttpRefusal(f"not a valid HTTP request: {reason}", status=400, code="invalid_http"))
 
     def _set_clock(self) -> None:
