@@ -357,7 +357,8 @@ def validate_plugin_table(
             keys = tuple(str(part) for part in problem["loc"])
             shown = shown_value(model, keys, problem["input"])
             lines.append(f"{place(*keys)}[plugin.{plugin_id}] {'.'.join(keys)} = {shown}: {_reason(problem)}")
-        raise ConfigError("\n".join(lines)) from error
+        cause = None if holds_secret(model) else error  # a traceback prints it, and it quotes values
+        raise ConfigError("\n".join(lines)) from cause
 
 
 def settings_from_flags(flags: dict[str, Any], **more: Any) -> Settings:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+import traceback
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from xllm_core.cli import root
 from xllm_core.commands import config as config_command
 from xllm_core.commands.serve import command as serve
-from xllm_core.config import TABLES, Settings
+from xllm_core.config import TABLES, ServerTable, Settings, validate_plugin_table
 from xllm_core.errors import ConfigError
 
 TOML = """
@@ -129,3 +130,17 @@ def test_wrong_settings_are_errors(tmp_path: Path, text: str, words: str) -> Non
     result = show("--config", str(tmp_path / "my.toml"))
     assert isinstance(result.exception, Exception) and words in str(result.exception), result.output
     assert isinstance(result.exception, ConfigError) or "core" in text
+
+
+def test_errors_behind_our_errors_are_silent_too() -> None:
+    """What Python prints of a chain of exceptions. Dies if pydantic's own text, which quotes values, is left in it."""
+
+    class Mine(BaseModel):
+        token: SecretStr
+
+    with pytest.raises(ConfigError) as raised:
+        validate_plugin_table("m", Mine, {"token": ["canary7"]})
+    with pytest.raises(ValidationError) as direct:
+        ServerTable(api_keys=("canary7 x",))
+    shown = [line for one in (raised, direct) for line in traceback.format_exception(one.value)]
+    assert "canary7" not in "".join(line for line in shown if "File" not in line)
