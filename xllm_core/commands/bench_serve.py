@@ -138,7 +138,7 @@ def command(**options: Any) -> None:
     if options["plot_path"] is not None:
         for path in plots.draw(run.samples, figures, _title(conditions), options["plot_path"]):
             click.echo(f"  plot               {path}")
-    click.echo(json.dumps(figures))
+    click.echo(json.dumps({**figures, "conditions": conditions}))
     click.get_current_context().exit(130 if run.is_interrupted else 1 if figures["failed"] else 0)
 
 
