@@ -101,6 +101,12 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
 
 
+def test_the_api_process_has_no_torch(server: Server) -> None:
+    """It answers in a second and stays small; the engine has it."""
+    maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, server.engine_pids[0])}
+    assert "libtorch" not in maps[server.process.pid] and "libtorch" in maps[server.engine_pids[0]]
+
+
 def test_engine_killed_while_serving(server: Server) -> None:
     """Streams end with an error chunk and [DONE], a whole answer with 503; the server exits non-zero and leaves nothing."""
     before = shared_memory()
