@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from xllm_core.engine.engine import Engine
 from xllm_core.engine.info import EngineInfo
 from xllm_core.errors import EngineDeadError
 from xllm_core.types import EngineRequest, TokenOutput
+
+if TYPE_CHECKING:
+    from xllm_core.engine.engine import Engine  # an API process has no use for one
 
 
 class EngineClient(Protocol):
