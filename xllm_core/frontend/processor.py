@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xllm_core.errors import InvalidRequestError, RequestError
+from xllm_core.errors import InvalidRequestError, PromptTooLongError, RequestError
 from xllm_core.frontend.client import EngineClient
 from xllm_core.frontend.interrupts import deferred_interrupts
 from xllm_core.frontend.outputs import RequestState
@@ -144,7 +144,17 @@ class Processor:
         if continue_final_message:
             text = cut_after_content(text, messages)
         check_text(text, "messages")
+        self.check_length(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit, before the tokenizer spends seconds on it. Raises PromptTooLongError."""
+        if self.tokenizer is None:
+            return
+        at_least = len(text) // self.tokenizer.max_token_chars
+        max_model_len = self.client.info().max_model_len
+        if at_least >= max_model_len:
+            raise PromptTooLongError("prompt", prompt_tokens=at_least, max_model_len=max_model_len)
 
     def feed(self, outputs: Sequence[TokenOutput]) -> list[RequestOutput]:
         """Take what the engine gave; returns the requests that have something new, each once, filled in place.
@@ -208,6 +218,7 @@ class Processor:
             if self.tokenizer is None:
                 raise InvalidRequestError("this model has no tokenizer; give the prompt as token ids", param="prompt")
             check_text(prompt, "prompt")
+            self.check_length(prompt)
             token_ids = self.tokenizer.encode(prompt)
             if not token_ids:
                 raise InvalidRequestError("the prompt is empty; give at least one character", param="prompt")

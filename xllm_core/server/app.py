@@ -367,7 +367,7 @@ def _tokenize(body: schemas.TokenizeBody, processor: Processor) -> list[int]:
             template_kwargs=body.chat_template_kwargs, add_special_tokens=body.add_special_tokens is True,
         )  # fmt: skip
     text = body.prompt or ""
-    openai.check_length(text, processor)
+    processor.check_length(text)
     return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
 
 

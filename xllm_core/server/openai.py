@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xllm_core.errors import InvalidRequestError, PromptTooLongError
+from xllm_core.errors import InvalidRequestError
 from xllm_core.frontend.processor import Prepared, Processor, Prompt
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.frontend.validation import MAX_LOGIT_BIAS, MAX_LOGPROBS, shown
@@ -100,6 +100,11 @@ def chat_job(body: ChatBody, processor: Processor) -> Job:
         raise InvalidRequestError(
             f"top_logprobs = {shown(num_top)} is not possible: it must be an integer from 0 to {MAX_LOGPROBS}",
             param="top_logprobs",
+        )
+    if body.max_completion_tokens is not None and body.max_completion_tokens < 1:
+        raise InvalidRequestError(
+            f"max_completion_tokens = {body.max_completion_tokens} is not possible: it must be at least 1",
+            param="max_completion_tokens",
         )
     params = _params(body, processor, max_tokens=max_tokens, logprobs=num_top)
     token_ids = conversation(
@@ -249,12 +254,11 @@ def prepare(job: Job, processor: Processor) -> list[Prepared]:
 def _prepare_one(job: Job, prompt: Prompt, processor: Processor) -> Prepared:
     assert isinstance(prompt, Mapping)
     text = prompt.get("prompt")
-    if text is not None:
-        check_length(text, processor)
-        if not job.add_special_tokens and processor.tokenizer is not None:
-            extra = {key: value for key, value in prompt.items() if key != "prompt"}
-            ids = processor.tokenizer.encode(text, add_special_tokens=False)
-            return replace(processor.prepare({**extra, "prompt_token_ids": ids}, job.params), text=text)
+    if text is not None and not job.add_special_tokens and processor.tokenizer is not None:
+        processor.check_length(text)
+        extra = {key: value for key, value in prompt.items() if key != "prompt"}
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
+        return replace(processor.prepare({**extra, "prompt_token_ids": ids}, job.params), text=text)
     prepared = processor.prepare(prompt, job.params)
     if job.is_echo and prepared.text is None and processor.tokenizer is not None:
         words = processor.tokenizer.decode(
@@ -262,16 +266,6 @@ def _prepare_one(job: Job, prompt: Prompt, processor: Processor) -> Prepared:
         )
         return replace(prepared, text=words)
     return prepared
-
-
-def check_length(text: str, processor: Processor) -> None:
-    """Refuse a text that cannot fit, before the tokenizer spends seconds on it. Raises PromptTooLongError."""
-    tokenizer, info = processor.tokenizer, processor.client.info()
-    if tokenizer is None:
-        return
-    at_least = len(text) // tokenizer.max_token_chars
-    if at_least >= info.max_model_len:
-        raise PromptTooLongError("prompt", prompt_tokens=at_least, max_model_len=info.max_model_len)
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 from http import HTTPStatus
@@ -161,7 +162,8 @@ class ServerProtocol(H11Protocol):
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
             self.cycle.message_event.set()
         # Closed at once, a connection with unread data is reset, and the client may never see its answer.
-        self.transport.write_eof()
+        with contextlib.suppress(OSError):  # the client has gone already
+            self.transport.write_eof()
         self.flow.resume_reading()
         self._deadline = self.loop.call_later(_LINGER_S, self.transport.abort)
 
