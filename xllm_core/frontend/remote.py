@@ -180,9 +180,10 @@ class EngineProcess(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Messages came."""
         self.last_heard_s = time.monotonic()
+        before = self.stats
         for body in self._frames.feed(data):
             self._take(from_engine.decode(body))
-        if self._outputs or self.admitted or self.preempted or self.refused:
+        if self._outputs or self.admitted or self.preempted or self.refused or self.stats != before:
             self._on_output()
 
     def connection_lost(self, error: Exception | None) -> None:

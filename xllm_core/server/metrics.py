@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from xllm_core.engine.info import EngineInfo
 from xllm_core.engine.messages import EngineStats
-from xllm_core.types import EngineRequest, RequestOutput, TokenOutput
+from xllm_core.types import EngineRequest, FinishReason, RequestOutput, TokenOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -70,8 +71,8 @@ class _Times:
     num_prompt: int
     scheduled_s: float | None = None
     first_s: float | None = None
-    last_s: float = 0.0
     num_preemptions: int = 0
+    last_s: dict[int, float] = field(default_factory=dict)  # of each sequence that has a token
 
 
 class Metrics:
@@ -130,13 +131,13 @@ class Metrics:
                 step_tokens += times.num_prompt
                 self._prompt_tokens.inc(times.num_prompt)
                 self._ttft.observe(now_s - times.arrival_s)
-                new -= 1
-            if new:
-                gap_s = (now_s - times.last_s) / new
-                for _ in range(new):
-                    self._itl.observe(gap_s)
-                    self._old_itl.observe(gap_s)
-            times.last_s = now_s
+            before_s = times.last_s.get(output.index)
+            times.last_s[output.index] = now_s
+            if before_s is None:
+                before_s, new = now_s, new - 1
+            for _ in range(new):
+                self._itl.observe((now_s - before_s) / new)
+                self._old_itl.observe((now_s - before_s) / new)
         if step_tokens:
             self._step_tokens.observe(step_tokens)
 
@@ -246,6 +247,8 @@ class Metrics:
             ["model_name", "engine", "finished_reason"],
             registry=self.registry,
         )
+        for reason in get_args(FinishReason):
+            self._success.labels(**self._labels, finished_reason=reason)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(f"vllm:{name}", text, ["model_name", "engine"], buckets=buckets, registry=self.registry)
