@@ -6,13 +6,15 @@ holds 512.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tests.server.rig import Answer
+from tests.server.rig import Answer, Server
 
 V, CONTEXT = 264, 512
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
@@ -441,3 +443,13 @@ def check_refusal(answer: Answer, status: int, word: str) -> None:
     assert answer.error["type"] == KINDS.get(status, "invalid_request_error")
     assert answer.error["param"] is None or isinstance(answer.error["param"], str)
     assert 0 < len(message) < 600 and not REVEALING.search(message), message
+
+
+def exchange(server: Server, data: bytes, method: str | None = None) -> Answer:
+    """Send bytes as they are; the first final response. method: where the answer depends on it (HEAD)."""
+    with server.connect() as connection:
+        with contextlib.suppress(OSError):  # refused before it was all sent; the answer is there already
+            connection.sendall(data)
+        response = http.client.HTTPResponse(connection, method=method)
+        response.begin()
+        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())

@@ -6,8 +6,6 @@ logged, and nothing is left running or held.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import os
 import random
 import re
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.server import hostile
-from tests.server.hostile import CHAT, COMPLETIONS, Case, check_refusal
+from tests.server.hostile import CHAT, COMPLETIONS, Case, check_refusal, exchange
 from tests.server.rig import JSON, Answer, Server
 
 pytestmark = pytest.mark.slow
@@ -93,16 +91,6 @@ def test_routes(target: Server, method: str, path: str) -> None:
     status = hostile.ROUTES[method, path]
     check_refusal(answer, status, "")
     assert status == 404 or answer.headers["allow"]
-
-
-def exchange(server: Server, data: bytes) -> Answer:
-    """Send bytes as they are; the first final response."""
-    with server.connect() as connection:
-        with contextlib.suppress(OSError):  # refused before it was all sent; the answer is there already
-            connection.sendall(data)
-        response = http.client.HTTPResponse(connection)
-        response.begin()
-        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
 
 
 @pytest.mark.parametrize("name", hostile.RAW)
