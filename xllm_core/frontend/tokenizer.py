@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from xllm_core.errors import ModelFormatError
+from xllm_core.errors import IntegrityError, ModelFormatError
 from xllm_core.plugins.contracts.weights import TokenizerFiles
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # what byte-fallback vocabularies call a byte
@@ -50,14 +50,20 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. add_special_tokens: as the model wants them around a plain prompt; rendered chats bring their own."""
-        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            raise _as_error(error, f"a text of {len(text)} characters") from error
         if add_special_tokens and self._adds_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
             return [self._bos_id, *ids]
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that form no character show as U+FFFD."""
-        text: str = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        try:
+            text: str = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _as_error(error, f"{len(token_ids)} token ids") from error
         return text
 
     def token_text(self, token_id: int) -> str:
@@ -75,6 +81,13 @@ class Tokenizer:
         if name and all(letter in _BYTE_ALPHABET for letter in name):
             return bytes(_BYTE_ALPHABET[letter] for letter in name)
         return text.encode()
+
+
+def _as_error(error: BaseException, what: str) -> BaseException:
+    """A panic inside the library is no `Exception`, and would end everything; it concerns one request."""
+    if type(error).__name__ != "PanicException":  # the library does not export it
+        return error
+    return IntegrityError(f"the tokenizer failed on {what}: {error}; please report this with the model's name")
 
 
 def _open(path: Path) -> RustTokenizer:

@@ -32,6 +32,9 @@ _IN_LOOP_BYTES = 8192  # larger bodies are read, checked and tokenized on a thre
 _log = logging.getLogger("xllm.serve")
 
 
+Understand = Callable[[bytes, Processor], tuple[Job, list[Prepared]]]
+
+
 @dataclass(slots=True)
 class ServerState:
     """What routes read. model_names: the first is shown, all are served. is_draining: balancers are told to look elsewhere."""
@@ -182,33 +185,33 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         """`/v1/completions`."""
-        raw = await self._raw(request)
-        return await self._generate(request, *await self._off_loop(len(raw), self._understand_completion, raw))
+        return await self._generate(request, self._understand_completion)
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
-        raw = await self._raw(request)
-        return await self._generate(request, *await self._off_loop(len(raw), self._understand_chat, raw))
+        return await self._generate(request, self._understand_chat)
 
-    def _understand_completion(self, raw: bytes) -> tuple[Job, list[Prepared]]:
+    def _understand_completion(self, raw: bytes, processor: Processor) -> tuple[Job, list[Prepared]]:
         body = self._parse(raw, schemas.CompletionBody)
-        model, processor = self._state.check_model(body.model), self._state.processor
+        model = self._state.check_model(body.model)
         job = openai.completion_job(body, processor, max_prompts=self._state.settings.max_prompts_per_request)
         return replace(job, model=model), openai.prepare(job, processor)
 
-    def _understand_chat(self, raw: bytes) -> tuple[Job, list[Prepared]]:
+    def _understand_chat(self, raw: bytes, processor: Processor) -> tuple[Job, list[Prepared]]:
         body = self._parse(raw, schemas.ChatBody)
-        model, processor = self._state.check_model(body.model), self._state.processor
+        model = self._state.check_model(body.model)
         job = openai.chat_job(body, processor)
         return replace(job, model=model), openai.prepare(job, processor)
 
-    async def _generate(self, request: Request, job: Job, prepared: list[Prepared]) -> Response:
-        scope = request.scope["state"]
+    async def _generate(self, request: Request, understand: Understand) -> Response:
+        scope, processor = request.scope["state"], self._state.processor
+        raw = await self._raw(request)
+        job, prepared = await self._off_loop(len(raw), understand, raw, processor)
         prepared = [_for_tenant(one, scope["tenant"]) for one in prepared]
         if job.label is not None:
             scope["label"] = _label(job.label)
         answer = self._state.serving.submit(prepared, scope["request_id"])
-        reply = Reply(job, scope["request_id"], self._state.processor.tokenizer)
+        reply = Reply(job, scope["request_id"], processor.tokenizer)
         if job.is_stream:
             table, metrics = self._state.settings, self._state.metrics
             return EventStream(
@@ -216,7 +219,10 @@ class _Routes:
                 refuse=send_problem, on_gone=metrics.left,
             )  # fmt: skip
         await self._wait(request, answer)
-        return JsonResponse(reply.whole(answer.outputs))
+        whole: JsonResponse = await self._off_loop(
+            _num_scores(answer), lambda: JsonResponse(reply.whole(answer.outputs))
+        )
+        return whole
 
     async def _wait(self, request: Request, answer: Answer) -> None:
         """Until the answer is whole. A client that goes away meanwhile frees its blocks."""
@@ -231,9 +237,6 @@ class _Routes:
             self._state.serving.abort(answer)
             waiter.cancel()
             leaver.cancel()
-        failed = next((output.error for output in answer.outputs if output.error is not None), None)
-        if failed is not None:
-            raise RuntimeError(failed)
 
     async def _raw(self, request: Request) -> bytes:
         return await read_body(dict(request.scope["headers"]), request.receive, self._limits)
@@ -391,3 +394,13 @@ def _label(label: str) -> str:
             "request_id must be 1 to 128 printable ASCII characters without spaces", param="request_id"
         )
     return label
+
+
+def _num_scores(answer: Answer) -> int:
+    """Entries of logprobs in an answer: tens of thousands take a while to write."""
+    num = 0
+    for output in answer.outputs:
+        for scores in (output.prompt_logprobs, *(sequence.logprobs for sequence in output.outputs)):
+            if scores:
+                num += len(scores) * len(scores[-1] or ())
+    return num

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from xllm_core.errors import HttpRefusal
 from xllm_core.server.guard import headers_too_large
 from xllm_core.server.problems import describe
+from xllm_core.server.stream import cut
 
 _LINGER_S = 1.0
 _CHUNK_BYTES = 5  # the shortest header and footer that a chunk can have
@@ -89,6 +90,7 @@ class ServerProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """A response went out, as far as the client takes it."""
         super().on_response_complete()
+        self._set_clock()
         self._watch_unsent(self.transport.get_write_buffer_size())
 
     def _unsupported_upgrade_warning(self) -> None:
@@ -118,6 +120,7 @@ class ServerProtocol(H11Protocol):
         return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
     def _watch(self) -> None:
+        self._unset_keepalive_if_required()
         if self._deadline is None:
             self._deadline = self.loop.call_later(self.header_timeout_s, self._too_late)
 
@@ -144,7 +147,7 @@ class ServerProtocol(H11Protocol):
                 "a client took nothing of its answer for %g s ([server] write_timeout_s) and was dropped",
                 self.write_timeout_s,
             )
-            self.transport.abort()
+            cut(self.transport)
         else:
             self._watch_unsent(num_bytes)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
+from xllm_core.errors import XllmError
 from xllm_core.frontend.serving import Answer, Serving
 from xllm_core.server.openai import Reply, echo_text
 from xllm_core.server.problems import Problem, describe
@@ -115,11 +119,20 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 async def wait_whole(answer: Answer) -> None:
-    """Until every request of an answer has its end. Raises what ended it early."""
+    """Until every request of an answer has its end. Raises what ended one of them early, at once."""
+    raise_failure(answer)
     while not answer.is_finished:
         await answer.news()
+        raise_failure(answer)
+
+
+def raise_failure(answer: Answer) -> None:
+    """Raise what ended an answer early; of a request that failed alone the server's log knows more."""
     if answer.error is not None:
         raise answer.error
+    failed = next((group.error for group in answer.outputs if group.error is not None), None)
+    if failed is not None:
+        raise RuntimeError(failed)
 
 
 class EventStream(Response):
@@ -158,7 +171,7 @@ class EventStream(Response):
                     "a client took nothing of its stream for %g s ([server] write_timeout_s) and was dropped",
                     self._write_timeout_s,
                 )
-                abort_connection(scope)
+                cut(scope["state"]["transport"])  # which `server.protocol` put there
             elif error is not None:
                 raise error
         finally:
@@ -175,8 +188,8 @@ class EventStream(Response):
             raise
         except Exception as error:  # noqa: BLE001  whatever ended the answer, the client hears that it is over
             problem = describe(error, retry_after_s=self._serving.retry_after_s())
-            if problem.status >= 500:
-                _log.error("a stream failed", exc_info=error)
+            if not isinstance(error, XllmError):
+                _log.error("the stream of request %s failed", self._answer.request_ids[0], exc_info=error)
             if not self._has_begun:
                 await self._refuse(problem, send)
                 return
@@ -189,12 +202,8 @@ class EventStream(Response):
         """What goes out, as it comes. Raises what ended the answer early."""
         answer = self._answer
         while True:
-            if answer.error is not None:
-                raise answer.error
+            raise_failure(answer)
             is_finished = answer.is_finished
-            failed = next((group.error for group in answer.outputs if group.error is not None), None)
-            if failed is not None:
-                raise RuntimeError(failed)
             if pieces := b"".join(self._chunks.new()):
                 yield pieces
             if is_finished:
@@ -229,8 +238,10 @@ async def wait_disconnect(receive: Receive) -> None:
         pass
 
 
-def abort_connection(scope: Message) -> None:
-    """Close at once, without waiting for what the client will never read. `server.protocol` puts the transport there."""
-    transport = scope.get("state", {}).get("transport")
-    if transport is not None:
-        transport.abort()
+def cut(transport: asyncio.Transport) -> None:
+    """Close at once: what the client has not taken is thrown away, by the kernel as well, which would keep megabytes of it for a day."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
