@@ -97,6 +97,8 @@ class InvalidRequestError(RequestError):
 class PromptTooLongError(RequestError):
     """The prompt exceeds the model's context."""
 
+    param = "prompt"
+
     def __init__(self, request_id: str, *, prompt_tokens: int, max_model_len: int) -> None:
         super().__init__(
             f"request {request_id!r}: the prompt has {prompt_tokens} tokens, the context holds {max_model_len} and one "

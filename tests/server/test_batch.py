@@ -106,6 +106,18 @@ def test_with_a_model_of_its_own(tiny_model: str, tmp_path: Path) -> None:
     assert "\r" not in done.stderr, "a progress bar without a terminal"
 
 
+def test_more_prompts_than_a_server_lets_wait(tiny_model: str, tmp_path: Path) -> None:
+    """With an engine of its own nothing is refused for being much, and a link to the output stays one."""
+    lines = [ask(f"n{i}", prompt=["abc"] * 100, max_tokens=1) for i in range(12)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    (tmp_path / "real.jsonl").touch()
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "real.jsonl")
+    flags = FLAGS[: FLAGS.index("--served-model-name")]
+    done = xllm("run-batch", tiny_model, "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert len(results(tmp_path / "real.jsonl")) == 12 and (tmp_path / "out.jsonl").is_symlink()
+
+
 def test_an_output_that_is_no_result(tmp_path: Path) -> None:
     """A file of something else is not touched."""
     (tmp_path / "in.jsonl").write_text(ask("a", prompt="abc"))

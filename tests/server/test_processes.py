@@ -179,6 +179,22 @@ def test_drain(server: Server) -> None:
     kept.close()
 
 
+def test_half_a_body_at_the_end(long_model: str, tmp_path: Path) -> None:
+    """A request that was still coming when the server ended gets an error of ours, not uvicorn's."""
+    with serving(long_model, tmp_path / "log.txt", *FLAGS) as server, server.connect() as client:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        client.sendall(head)
+        time.sleep(
+            0.3
+        )  # it is being read by now; a request that was not would be closed without a word, which is right as well
+        server.process.send_signal(signal.SIGTERM)
+        said = b""
+        while piece := client.recv(4096):
+            said += piece
+        assert said.startswith(b"HTTP/1.1 503") and b'"code":"shutting_down"' in said
+        assert server.process.wait(10) == 0 and "Traceback" not in server.log
+
+
 def test_drain_has_an_end(long_model: str, tmp_path: Path) -> None:
     """After the timeout what is left gets an error chunk; exit status 0."""
     with serving(long_model, tmp_path / "log.txt", *FLAGS, "--shutdown-timeout-s", "0.5") as server:

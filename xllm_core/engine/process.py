@@ -87,6 +87,7 @@ class EngineLoop:
     def run(self, taken: list[ToEngine]) -> None:
         """Take messages, make a step, send what came of it; sleep where there is nothing to do. taken: what came before."""
         engine = self._engine
+        self._tell_stats()
         while True:
             for message in taken or self._channel.receive(self._patience_s()):
                 self._take(message)

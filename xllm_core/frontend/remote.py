@@ -51,7 +51,7 @@ class EngineProcess(asyncio.Protocol):
         self._tables = dict(tables)
         self._on_output, self._on_death, self._on_start = on_output, on_death, on_start
         self._outputs: list[TokenOutput] = []
-        self._unfinished: dict[str, int] = {}  # request id -> sequences without an end
+        self._unfinished: dict[str, set[int]] = {}  # request id -> indices of sequences without an end
         self._frames = Frames()
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
@@ -136,14 +136,14 @@ class EngineProcess(asyncio.Protocol):
         """Queue a request. What the engine itself refuses later (its queue is full) arrives in `refused`."""
         self._require_alive()
         self.check(request)
-        self._unfinished[request.request_id] = request.params.n
+        self._unfinished[request.request_id] = set(range(request.params.n))
         self._send(messages.Submit(request))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request or one of its sequences."""
         if request_id not in self._unfinished or self._death is not None:
             return
-        self._end(request_id, None if index is None else 1)
+        self._end(request_id, index)
         self._send(messages.Abort(request_id, index))
 
     def poll(self) -> list[TokenOutput]:
@@ -159,7 +159,7 @@ class EngineProcess(asyncio.Protocol):
     @property
     def num_unfinished(self) -> int:
         """Sequences without an end."""
-        return sum(self._unfinished.values())
+        return sum(map(len, self._unfinished.values()))
 
     def holds(self, request_id: str) -> bool:
         """Whether this request is here and unfinished."""
@@ -211,7 +211,7 @@ class EngineProcess(asyncio.Protocol):
             self._outputs += message.outputs
             for output in message.outputs:
                 if output.finish_reason is not None:
-                    self._end(output.request_id, 1)
+                    self._end(output.request_id, output.index)
         elif isinstance(message, messages.Pong):
             self.stats = message.stats
         elif isinstance(message, messages.Refused):
@@ -226,12 +226,11 @@ class EngineProcess(asyncio.Protocol):
         else:
             self._on_start(message)
 
-    def _end(self, request_id: str, count: int | None) -> None:
-        """`count` sequences of a request have ended; None is all of them."""
-        left = self._unfinished.get(request_id, 0) - (count if count is not None else 1 << 30)
-        if left > 0:
-            self._unfinished[request_id] = left
-        else:
+    def _end(self, request_id: str, index: int | None) -> None:
+        """A sequence has ended, or all of a request. A stop string and the engine may both have ended it: it counts once."""
+        left = self._unfinished.get(request_id, set())
+        left.discard(index if index is not None else -1)
+        if index is None or not left:
             self._unfinished.pop(request_id, None)
 
     def _send(self, message: ToEngine) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from xllm_core.engine.info import EngineInfo
 from xllm_core.engine.messages import EngineStats, Loading, Phase, TextFiles
-from xllm_core.errors import EngineDeadError, QueueFullError, XllmError
+from xllm_core.errors import EngineDeadError, InvalidRequestError, QueueFullError, XllmError
 from xllm_core.frontend.pool import EnginePool
 from xllm_core.frontend.processor import Prepared, Processor
 from xllm_core.frontend.remote import EngineProcess
@@ -164,6 +164,11 @@ class Serving:
         names = [f"{request_id}-{i}" for i in range(len(prepared))]
         for one in prepared:
             processor.check(one, request_id)
+        if len(prepared) > self._max_queue:
+            raise InvalidRequestError(
+                f"{len(prepared)} prompts in one request, and at most {self._max_queue} requests may wait at all ([server] max_queue); send fewer",
+                param="prompt",
+            )
         if len(self._waiting) + len(prepared) > self._max_queue:
             raise QueueFullError(
                 f"{len(self._waiting)} requests wait already and {len(prepared)} would join them ([server] max_queue = {self._max_queue}); "

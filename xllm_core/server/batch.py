@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ ROUTES = ("/v1/chat/completions", "/v1/completions")
 _RETRIED = (429, 503)
 _MAX_TRIES = 6
 _MAX_PAUSE_S = 60.0
+_MAX_BUSY_S = 3600.0  # how long a server may say that it is busy before a line is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,9 @@ def open_output(path: Path, *, is_fresh: bool) -> tuple[IO[bytes], set[str]]:
     is_fresh: begin anew, whatever is there. Raises ConfigError for a file that is no result of a batch.
     """
     done: dict[str, bytes] = {}
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file; results go to one, so that they can be resumed")
     if path.exists() and not is_fresh:
         lines = path.read_bytes().splitlines(keepends=True)
         for number, text in enumerate(lines, start=1):
@@ -247,9 +252,10 @@ async def _ask(line: Line, target: Target) -> dict[str, Any]:
     if line.problem is not None:
         result["error"] = {"code": "invalid_line", "message": line.problem}
         return result
-    failure: str | None = None
-    for attempt in range(_MAX_TRIES):
-        pause_s = min(_MAX_PAUSE_S, 2.0**attempt)
+    failure, num_tries, busy_until_s = "", 0, time.monotonic() + _MAX_BUSY_S
+    while num_tries < _MAX_TRIES:
+        pause_s = min(_MAX_PAUSE_S, 2.0**num_tries)
+        num_tries += 1
         try:
             reply = await target.post(line.path, line.body)
         except (OSError, aiohttp.ClientError) as error:
@@ -261,9 +267,11 @@ async def _ask(line: Line, target: Target) -> dict[str, Any]:
                     told = reply.body.get("error", {}) if isinstance(reply.body, dict) else {}
                     result["error"] = {"code": told.get("code"), "message": told.get("message", "")}
                 return result
-            failure = f"the server answered {reply.status} {_MAX_TRIES} times"
+            failure = f"the server answered {reply.status} again and again"
+            if reply.status == 429 and time.monotonic() < busy_until_s:
+                num_tries -= 1  # it works on others, maybe of ours
             pause_s = max(pause_s, min(_MAX_PAUSE_S, reply.retry_after_s))
-        if attempt + 1 < _MAX_TRIES:
+        if num_tries < _MAX_TRIES:
             await asyncio.sleep(pause_s)
     result["error"] = {"code": "no_answer", "message": failure}
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,8 @@ from xllm_core.errors import HttpRefusal, InvalidRequestError
 from xllm_core.frontend.validation import shown
 
 MAX_DEPTH = 64
+MAX_VALUES = 1_000_000  # half a second of parsing, during which nothing else is answered
+_LARGE_BYTES = 1 << 18
 
 Receive = Callable[[], Awaitable[Any]]
 
@@ -90,6 +93,13 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise InvalidRequestError(
             f"the body is not valid UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
         ) from None
+    num_values = raw.count(b",") if len(raw) > _LARGE_BYTES else 0
+    if num_values > MAX_VALUES:
+        raise InvalidRequestError(
+            f"the body holds some {num_values} values, at most {MAX_VALUES} are taken; split the request"
+        )
+    if num_values:
+        gc.disable()  # it would walk millions of new lists again and again, and find nothing
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
     except json.JSONDecodeError as error:
@@ -99,11 +109,14 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise _too_deep() from None
     except ValueError:  # an integer of thousands of digits
         raise InvalidRequestError("the body holds an integer of thousands of digits; give a smaller one") from None
+    finally:
+        if num_values:
+            gc.enable()
     if not isinstance(value, dict):
         raise InvalidRequestError(f"the body is a JSON {_kind(value)}; send an object")
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
         _check_depth(value)
-    if b"\\ud" in raw.lower():
+    if b"\\u" in raw and b"\\ud" in raw.lower():
         _check_surrogates(value)
     return value
 

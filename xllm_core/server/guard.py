@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -107,6 +108,12 @@ class Guard:
         else:
             try:
                 await self._app(scope, receive, send_named)
+            except asyncio.CancelledError:  # the server ends, and what it was reading is not whole yet
+                if not status:
+                    text = "the server is shutting down; ask another"
+                    await send_problem(
+                        describe(HttpRefusal(text, status=503, code="shutting_down", should_close=True)), send_named
+                    )
             except Exception:  # the application has answered and logged it; raised again, it would only be logged twice
                 if not status:
                     raise
@@ -116,7 +123,9 @@ class Guard:
             self._metrics.responded(_method(scope), path, status)
             if self._logs_requests:
                 took_ms = (time.monotonic() - started_s) * 1e3
-                _log.info("%s %s %s %d %.1f ms", state["request_id"], _method(scope), path, status, took_ms)
+                _log.info(
+                    "%s %s %s %s %d %.1f ms", state["request_id"], state["label"], _method(scope), path, status, took_ms
+                )
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> str:
         """The tenant; raises HttpRefusal."""

@@ -18,8 +18,8 @@ DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 _TEMPLATE_NAMES = frozenset(
     {
-        "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "tokenize", "return_dict", "bos_token",
-        "eos_token", "chat_template",
+        "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "tools", "documents", "tokenize", "return_dict",
+        "bos_token", "eos_token", "chat_template",
     }
 )  # fmt: skip
 _MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from xllm_core.server.guard import Guard
 
 ENGINE_DIED = 70
+_BACKLOG = 2048
 _FLUSH_S = 1.0  # for error chunks of streams that were cut
 _SHOW_ABOVE_BYTES = 1 << 30
 
@@ -54,12 +55,17 @@ async def _serve(settings: Settings) -> int:
 
 
 @contextlib.contextmanager
-def start_engines(settings: Settings, names: tuple[str, ...]) -> Iterator[tuple[Serving, Metrics, Report]]:
-    """Engine processes of these settings, starting; they end with the block. `await serving.start()` waits for them."""
+def start_engines(
+    settings: Settings, names: tuple[str, ...], max_queue: int | None = None
+) -> Iterator[tuple[Serving, Metrics, Report]]:
+    """Engine processes of these settings, starting; they end with the block. `await serving.start()` waits for them.
+
+    max_queue: instead of the setting's.
+    """
     table = settings.server
     metrics, report = Metrics(names[0], settings.engine.num_engines), Report(settings.engine.num_engines)
     serving = Serving(
-        settings.tables(), watcher=metrics, num_engines=settings.engine.num_engines, max_queue=table.max_queue,
+        settings.tables(), watcher=metrics, num_engines=settings.engine.num_engines, max_queue=max_queue or table.max_queue,
         engine_timeout_s=table.engine_timeout_s, chat_template=_read_template(table), on_start=report.event,
         use_generation_config=table.generation_config == "auto",
     )  # fmt: skip
@@ -74,7 +80,7 @@ def start_engines(settings: Settings, names: tuple[str, ...]) -> Iterator[tuple[
 async def local_app(settings: Settings) -> AsyncIterator[Guard]:
     """The application with its engines and without a socket, ready; for callers in this process, who need no key."""
     names = model_names(settings)
-    with start_engines(settings, names) as (serving, metrics, report):
+    with start_engines(settings, names, max_queue=sys.maxsize) as (serving, metrics, report):
         from xllm_core.server.app import ServerState, create_app
         from xllm_core.server.guard import ApiKeys
 
@@ -115,7 +121,7 @@ class _Life:
         )
         config = uvicorn.Config(
             create_app(self._state, ApiKeys(keys), checks_host=is_local), http=protocol, ws="none", loop="asyncio", lifespan="off",
-            log_config=None, access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=max(1, int(table.keep_alive_timeout_s)),
+            log_config=None, access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=table.keep_alive_timeout_s,  # type: ignore[arg-type]  # it takes any number
             h11_max_incomplete_event_size=table.max_header_bytes, timeout_graceful_shutdown=2,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
@@ -137,12 +143,15 @@ class _Life:
                 return 128 + signalled.result() if signalled.done() else 1
             self._announce(await start, url, time.perf_counter() - started_s)
             died = asyncio.create_task(self._serving.death.wait())
-            await asyncio.wait((died, signalled), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((died, signalled, http), return_when=asyncio.FIRST_COMPLETED)
             if died.done():
                 self._report.line(f"xllm: {self._serving.failure}; the server ends with status {ENGINE_DIED}")
                 await self._finish(_FLUSH_S)
                 return ENGINE_DIED
             died.cancel()
+            if not signalled.done():
+                self._report.line("xllm: the HTTP server ended by itself")
+                return 1
             return await self._drain(signalled.result())
         finally:
             await self._stop_http(http)
@@ -280,6 +289,7 @@ def _listener(table: ServerTable) -> Iterator[tuple[socket.socket, str]]:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((table.host, table.port))
+        sock.listen(_BACKLOG)  # at once: until one listens, a second server could bind the same port
     except OSError as error:
         sock.close()
         raise ConfigError(
