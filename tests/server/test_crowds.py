@@ -210,7 +210,8 @@ def test_clients_that_leave(server: Server) -> None:
         seen = Counter(pool.map(lambda i: cut(server, random.Random(i)), range(NUM_CUTS)))
     assert {kind for kind, _ in seen} == set(BODIES) and {moment for _, moment in seen} == set(MOMENTS)
     assert_as_before(server, before)
-    assert server.metric("xllm:requests_aborted_total") - aborted > NUM_CUTS / 10, "too few were cut while they ran"
+    num_aborted = server.metric("xllm:requests_aborted_total") - aborted
+    assert num_aborted > NUM_CUTS / 5, "too few were cut while they ran"
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda i: good_request(server, i), range(8))) == expected
     assert server.process.poll() is None and "Traceback" not in server.log

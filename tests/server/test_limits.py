@@ -209,8 +209,8 @@ def test_connections(strict: Server) -> None:
             answer.error["code"] == "too_many_connections" and f"{CONNECTIONS} connections" in answer.error["message"]
         )
         assert "[server] max_connections" in answer.error["message"]
-        large = b"x" * 1_000_000  # what was turned away unread may not cost the client its answer
-        assert exchange(strict, f"{HEAD}Content-Length: {len(large)}\r\n\r\n".encode() + large).status == 503
+        large = b" " * 20_000_000  # what was turned away unread may not cost the client its answer
+        assert strict.post(COMPLETIONS, large).status == 503
     finally:
         for connection in crowd:
             connection.close()
@@ -272,7 +272,8 @@ def test_queue(strict: Server) -> None:
         for stream in (False, True):
             several = {**SHORT, "prompt": ["a"] * (QUEUE - WAITING + 1), "stream": stream}
             check_full(strict.post(COMPLETIONS, several), f"[server] max_queue = {QUEUE}")
-            check_full(strict.post(COMPLETIONS, {**several, "prompt": ["a"] * 100}), f"[server] max_queue = {QUEUE}")
+            endless = {**several, "prompt": ["a"] * (QUEUE + 1)}  # which no waiting would help
+            check_refusal(strict.post(COMPLETIONS, endless), 400, "[server] max_queue")
             assert strict.get("/load").json["server_load"] == RUNNING + WAITING, "part of a refused list was taken"
             # The engine refuses what the server would still take: before the first token, so it is a plain answer again.
             check_full(strict.post(COMPLETIONS, {**SHORT, "stream": stream}), "[scheduler] max_waiting")
@@ -285,6 +286,23 @@ def test_queue(strict: Server) -> None:
     assert strict.metric("vllm:request_success_total", finished_reason="length") > 0
     assert strict.metric("vllm:request_success_total") - done >= RUNNING + WAITING
     assert strict.metric("xllm:requests_refused_total", reason="queue_full") >= 4
+
+
+def test_who_leaves_behind_a_second_request(strict: Server) -> None:
+    """A client that has sent another request meanwhile, or part of one, and goes: the first is dropped as well."""
+    strict.wait_idle()
+    aborted = strict.metric("vllm:request_success_total", finished_reason="abort")
+    for following in (b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /ver"):
+        body = json.dumps(LONG).encode()
+        with strict.connect() as connection:
+            connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            deadline = time.monotonic() + 20
+            while not strict.get("/load").json["num_sequences_running"]:
+                assert time.monotonic() < deadline
+            connection.sendall(following)
+            time.sleep(0.1)
+        strict.wait_idle(60)
+    assert strict.metric("vllm:request_success_total", finished_reason="abort") == aborted + 2, "it ran to its end"
 
 
 # ---- readers that do not read --------------------------------------------------------------------------------------------------------

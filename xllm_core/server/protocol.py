@@ -85,6 +85,8 @@ class ServerProtocol(H11Protocol):
         if self._is_refused:
             return  # read, so that the client gets to reading its answer
         super().data_received(data)
+        if len(self.conn.trailing_data[0]) < self.max_header_bytes:
+            self.flow.resume_reading()  # stopped for a request that waits behind another, it would not notice that the client leaves
         self._set_clock()
 
     def on_response_complete(self) -> None:
