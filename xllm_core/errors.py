@@ -133,7 +133,13 @@ class HttpRefusal(RequestError):
     """Refused by the HTTP server itself, before anything reads the request. code: for programs. should_close: end the connection."""
 
     def __init__(
-        self, message: str, *, status: int, code: str | None = None, param: str | None = None, should_close: bool = False
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str | None = None,
+        param: str | None = None,
+        should_close: bool = False,
     ) -> None:
         super().__init__(message)
         self.http_status = status
