@@ -19,6 +19,7 @@ class ByteTokenizer:
     """Token id = byte; id 0xFE cannot be decoded, as no id could in a damaged tokenizer."""
 
     eos_token_ids = frozenset({0})
+    max_token_chars = 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
