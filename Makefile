@@ -87,7 +87,7 @@ suite: setup
 
 nightly: setup ## the long proofs
 	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; \
-	  $(PYTEST) --timeout 3600 -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
+	  $(PYTEST) --timeout 7200 -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
 
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) -m benchmarks.run $(ARGS)
