@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.server.rig import Server
@@ -88,3 +90,14 @@ def test_version_load_and_docs(server: Server) -> None:
     assert server.wait_idle()["total_blocks"] == 512
     document = server.get("/openapi.json").json
     assert "StreamOptions" in document["components"]["schemas"] and "/v1/chat/completions" in document["paths"]
+
+
+def test_the_start_is_told(server: Server) -> None:
+    """Each phase with its seconds, then the URL, the KV blocks and how many requests they hold; no bar without a terminal."""
+    for phase in ("plugins", "model", "weights", "KV cache", "warm-up", "tokenizer"):
+        assert re.search(rf"^  {phase} +\d+\.\d\d s  ", server.log, re.MULTILINE), phase
+    assert f"{server.url}/v1 serves tiny" in server.log
+    assert (
+        "KV cache: 512 blocks of 16 tokens, 8192 in all: 16.0 requests of the full context of 512 at once" in server.log
+    )
+    assert "\r" not in server.log
