@@ -116,20 +116,14 @@ class Server:
         return socket.create_connection((self.host, self.port), timeout=timeout)
 
     def wait_ready(self, timeout: float = START_S) -> None:
-        deadline = time.monotonic() + timeout
-        while True:
-            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log}"
-            match = re.search(r"starts at http://[^:]+:(\d+)", self.log)
-            if match:
-                self.port = int(match[1])
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    if self.get("/health", timeout=5).status == 200:
-                        return
-            assert time.monotonic() < deadline, f"not ready after {timeout} s:\n{self.log}"
-            time.sleep(0.05)
+        """Until requests are served."""
+        self._wait("/health", timeout)
 
     def wait_listening(self, timeout: float = START_S) -> None:
         """Until connections are taken; the engine may still be starting."""
+        self._wait("/health/live", timeout)
+
+    def _wait(self, path: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while True:
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log}"
@@ -137,9 +131,9 @@ class Server:
             if match:
                 self.port = int(match[1])
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    if self.get("/health/live", timeout=5).status == 200:
+                    if self.get(path, timeout=5).status == 200:
                         return
-            assert time.monotonic() < deadline, f"not listening after {timeout} s:\n{self.log}"
+            assert time.monotonic() < deadline, f"{path} is not 200 after {timeout} s:\n{self.log}"
             time.sleep(0.02)
 
     def stop(self, timeout: float = 30.0) -> int:

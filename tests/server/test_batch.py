@@ -122,6 +122,8 @@ def test_an_output_that_is_no_result(tmp_path: Path) -> None:
     """A file of something else is not touched."""
     (tmp_path / "in.jsonl").write_text(ask("a", prompt="abc"))
     (tmp_path / "notes.txt").write_text("my notes\n")
+    beside = xllm("run-batch", "-i", "x", "-o", "y", "--url", "http://127.0.0.1:9", "--dtype", "float32")
+    assert beside.returncode == 2 and "--dtype is a setting of the server" in beside.stderr
     done = xllm(
         "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "notes.txt"), "--url", "http://127.0.0.1:9"
     )

@@ -67,13 +67,10 @@ def command(
 def _remote(
     url: str, model: str | None, start: Conversation, message: str | None, has_stats: bool, flags: dict[str, Any]
 ) -> None:
-    from xllm_core.commands.remote import given_params, stream_chat
+    from xllm_core.commands.remote import given_params, refuse_settings, stream_chat
 
     params = {"max_tokens": _DEFAULT_MAX_TOKENS, **given_params(flags)}
-    if meant := [name for name, value in flags.items() if value not in (None, ())]:
-        raise click.UsageError(
-            f"--{meant[0].replace('_', '-')} is a setting of the server; it has no meaning beside --url"
-        )
+    refuse_settings(flags)
 
     def ask(conversation: Conversation) -> str:
         answer = stream_chat(url, model, conversation, params)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import aiohttp
+import click
 
 from xllm_core.errors import EngineDeadError, InvalidRequestError, XllmError
 from xllm_core.types import SamplingParams
@@ -101,3 +102,11 @@ def given_params(flags: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in fields(SamplingParams)} & set(flags)
     given = {name: flags.pop(name) for name in names}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
+
+
+def refuse_settings(flags: Mapping[str, Any]) -> None:
+    """Settings have no meaning beside --url, and are not passed over in silence."""
+    if meant := [name for name, value in flags.items() if value not in (None, ())]:
+        raise click.UsageError(
+            f"--{meant[0].replace('_', '-')} is a setting of the server; it has no meaning beside --url"
+        )

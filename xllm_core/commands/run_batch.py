@@ -60,6 +60,10 @@ def command(
     """
     if (model is None) == (url is None):
         raise click.UsageError("give either MODEL or --url")
+    if url is not None:
+        from xllm_core.commands.remote import refuse_settings
+
+        refuse_settings(flags)
     from xllm_core.server.batch import open_output, read_lines
 
     settings = settings_from_flags(flags, **({"path": model} if model is not None else {}))
