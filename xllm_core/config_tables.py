@@ -65,7 +65,7 @@ class EngineTable(Table):
 
     num_engines: int = Field(1, ge=1, description="Engine processes that share the requests.")
     overlap: bool = Field(
-        False, description="Plan each step while the one before it runs, with the worker on a thread of its own."
+        True, description="Plan each step while the one before it runs, with the worker on a thread of its own."
     )
 
 

@@ -102,13 +102,13 @@ def test_close_waits_for_the_call_that_runs_and_drops_the_rest() -> None:
     assert worker.has_begun.wait(LONG_S)
     closing = threading.Thread(target=executor.close)
     closing.start()
-    while executor._stop.alive:
+    while not executor._thread.is_closed:
         time.sleep(0.001)
     assert worker.calls == []
     worker.gate.set()
     closing.join(LONG_S)
     assert worker.calls == ["execute 0", "close"]
-    assert not executor._thread.is_alive()
+    assert not executor._thread._thread.is_alive()
     for future in futures:
         with pytest.raises(EngineDeadError, match="was closed"):
             future.result()
@@ -123,7 +123,7 @@ def test_close_tells_what_closing_the_worker_raised() -> None:
     executor = ThreadExecutor(GatedWorker(errors={"close": OSError("no")}))
     with pytest.raises(OSError, match="no"):
         executor.close()
-    assert not executor._thread.is_alive()
+    assert not executor._thread._thread.is_alive()
     executor.close()
 
 
@@ -133,7 +133,7 @@ def test_an_idle_thread_sleeps() -> None:
     worker.gate.set()
     executor = ThreadExecutor(worker)
     hand_over(executor, 0).result()
-    ident = executor._thread.ident
+    ident = executor._thread._thread.ident
     assert ident is not None
     clock = time.pthread_getcpuclockid(ident)
     before_s = time.clock_gettime(clock)
@@ -146,7 +146,7 @@ def test_an_executor_that_is_dropped_ends_its_thread() -> None:
     """Red if the thread keeps the executor alive: worker and weights would stay for the life of the process."""
     worker = GatedWorker()
     executor = ThreadExecutor(worker)
-    thread = executor._thread
+    thread = executor._thread._thread
     del executor
     gc.collect()
     thread.join(LONG_S)

@@ -170,7 +170,7 @@ def test_a_failed_step_ends_the_engine_and_its_thread(make_rig: MakeRig) -> None
         with pytest.raises(EngineDeadError, match="out of device memory"):
             call()
     rig.engine.close()
-    assert not rig.engine.executor._thread.is_alive()  # type: ignore[attr-defined]
+    assert not rig.engine.executor._thread._thread.is_alive()  # type: ignore[attr-defined]
 
 
 def test_close_while_a_step_runs(make_rig: MakeRig) -> None:
@@ -193,7 +193,7 @@ def test_close_while_a_step_runs(make_rig: MakeRig) -> None:
     threading.Timer(0.05, may_end.set).start()
     rig.engine.close()
     assert rig.engine.num_in_flight == 0
-    assert not rig.engine.executor._thread.is_alive()  # type: ignore[attr-defined]
+    assert not rig.engine.executor._thread._thread.is_alive()  # type: ignore[attr-defined]
     assert [plan.step for plan in rig.worker.plans] == [0, 1]
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xllm_core.engine.engine import Engine
-from xllm_core.engine.executor import InProcessExecutor, ThreadExecutor
+from xllm_core.engine.executor import InProcessExecutor, T, ThreadExecutor, WorkerThread
 from xllm_core.engine.metrics import StepLog
 from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
-from xllm_core.errors import ConfigError
+from xllm_core.errors import ConfigError, EngineDeadError
 from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVStore
 from xllm_core.plugins.contracts.sampling import ProcessorContext
@@ -85,25 +87,20 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
 
 
 def build_engine(
-    assembly: Assembly, settings: Settings, *, loaded: LoadedModel | None = None, progress: Progress | None = None
-) -> BuiltEngine:
-    """Build what the plan names. loaded: a model of the same plan that another engine has no use for now; its cache binding moves here."""
-    from xllm_core.runtime.worker import Worker, WorkerParts
+    assembly: Assembly, settings: Settings, *, loaded: LoadedModel | None = None, progress: Progress | None = None,
+    thread: WorkerThread | None = None,
+) -> BuiltEngine:  # fmt: skip
+    """Build what the plan names. loaded: a model of the same plan that another engine has no use for now; its cache binding moves here.
 
+    thread: where `loaded` was loaded, which the engine takes over; by itself it makes what `worker_thread` says.
+    """
     plan = assembly.plan
-    loaded = loaded if loaded is not None else load_model(assembly, settings, progress=progress)
-    device, vocab_size = loaded.device, assembly.shape.vocab_size
-    geometry = plan_geometry(assembly, settings, device)
-    context = ProcessorContext(settings.scheduler.max_num_seqs, vocab_size, device.facts().torch_device)
+    thread = thread if thread is not None else worker_thread(settings)
+    if loaded is None:
+        loaded = call_in(thread, partial(load_model, assembly, settings, progress=_until_closed(progress, thread)))
+    geometry = plan_geometry(assembly, settings, loaded.device)
     store = _build_store(plan, geometry)
-    worker = Worker(
-        WorkerParts(
-            device=device, model=loaded.model, kernels=loaded.kernels, copy_blocks=loaded.ops["block_copy"],
-            sampler=_build(plan.sampler, device), processors=[_build(choice, context) for choice in plan.logits_processors],
-            bind_kv=loaded.parts.bind_kv,
-        ),
-        geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
-    )  # fmt: skip
+    worker = call_in(thread, partial(_build_worker, assembly, settings, loaded, geometry, store))
     limits = SchedulerLimits(
         max_num_seqs=settings.scheduler.max_num_seqs, max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
         max_chunk_tokens=settings.scheduler.max_chunk_tokens, max_waiting=settings.scheduler.max_waiting,
@@ -116,9 +113,52 @@ def build_engine(
     scheduler = Scheduler(kv, _build(plan.scheduler), limits)
     step_log = StepLog([_build(choice) for choice in plan.observers])
     depth = plans_in_flight(geometry.groups, wants_overlap=settings.engine.overlap)
-    executor = ThreadExecutor(worker) if depth > 1 else InProcessExecutor(worker)
-    engine = Engine(scheduler, executor, vocab_size=vocab_size, step_log=step_log, depth=depth)
+    executor = ThreadExecutor(worker, thread) if thread is not None else InProcessExecutor(worker)
+    engine = Engine(scheduler, executor, vocab_size=assembly.shape.vocab_size, step_log=step_log, depth=depth)
     return BuiltEngine(engine, worker, geometry, loaded, store)
+
+
+def worker_thread(settings: Settings) -> WorkerThread | None:
+    """Where the worker is to live: a thread of its own if steps overlap, else the caller's."""
+    return WorkerThread() if settings.engine.overlap else None
+
+
+def call_in(thread: WorkerThread | None, function: Callable[[], T]) -> T:
+    """Call a function where the worker lives."""
+    return function() if thread is None else thread.call(function)
+
+
+def _until_closed(progress: Progress | None, thread: WorkerThread | None) -> Progress | None:
+    """Progress that ends the loading of weights when the caller has stopped waiting for it."""
+    if thread is None:
+        return progress
+    ref = weakref.ref(thread)
+
+    def report(name: str, done_bytes: int, total_bytes: int) -> None:
+        thread = ref()
+        if thread is None or thread.is_closed:
+            raise EngineDeadError("the start of the engine was interrupted")
+        if progress is not None:
+            progress(name, done_bytes, total_bytes)
+
+    return report
+
+
+def _build_worker(
+    assembly: Assembly, settings: Settings, loaded: LoadedModel, geometry: KVGeometry, store: KVStore | None
+) -> Worker:
+    from xllm_core.runtime.worker import Worker, WorkerParts
+
+    plan, device = assembly.plan, loaded.device
+    context = ProcessorContext(settings.scheduler.max_num_seqs, assembly.shape.vocab_size, device.facts().torch_device)
+    return Worker(
+        WorkerParts(
+            device=device, model=loaded.model, kernels=loaded.kernels, copy_blocks=loaded.ops["block_copy"],
+            sampler=_build(plan.sampler, device), processors=[_build(choice, context) for choice in plan.logits_processors],
+            bind_kv=loaded.parts.bind_kv,
+        ),
+        geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
+    )  # fmt: skip
 
 
 def plans_in_flight(groups: Sequence[KVGroupSpec], *, wants_overlap: bool) -> int:

@@ -6,11 +6,14 @@ import atexit
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from xllm_core.errors import EngineDeadError
 from xllm_core.types import StepPlan, StepResult, StepTimes
+
+T = TypeVar("T")
 
 
 class StepHandle(Protocol):
@@ -83,37 +86,49 @@ class InProcessExecutor:
         self._worker.close()
 
 
-class ThreadExecutor:
-    """One worker on a thread of its own, so that the engine plans a step while the worker computes the one before.
+class WorkerThread:
+    """The one thread in which a worker is built and computes, so that the engine plans a step while the one before runs.
 
-    Plans run in the order given. After the first error nothing runs any more: every later result raises that error. The thread sleeps
-    while there is nothing to do; it ends with `close`, when nobody holds the executor any more, or when the interpreter ends.
+    All that the worker asks of torch belongs here, loading included. An OpenMP runtime keeps a team of threads for every thread that ever
+    ran a parallel loop; once the teams have more members than the machine has cores, libgomp puts waiting members to sleep at every
+    barrier instead of letting them spin, and a forward of short loops takes half as long again.
+
+    Jobs run in the order given. After the first step that fails nothing runs any more: every later result raises that error. The thread
+    sleeps while there is nothing to do; it ends with `close`, when nobody holds this object any more, or when the interpreter ends.
     """
 
-    def __init__(self, worker: StepWorker) -> None:
-        self._driver = _Driver(worker)
+    def __init__(self) -> None:
+        self._driver = _Driver()
         self._thread = threading.Thread(target=self._driver.run, name="xllm-worker", daemon=True)
-        # The thread holds the driver, not the executor: an engine that is dropped without `close` does not live on in it.
+        # The thread holds the driver, not this: an engine that is dropped without `close` does not live on in it.
         self._stop = weakref.finalize(self, self._driver.stop)
         self._thread.start()
         _open.add(self)
 
-    def execute(self, plan: StepPlan) -> StepHandle:
-        """Hand the plan over; returns at once. Raises EngineDeadError after `close`."""
-        if not self._stop.alive:
-            raise _closed()
-        handle = _ThreadHandle(plan)
-        self._driver.jobs.put(handle)
-        return handle
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more jobs."""
+        return not self._stop.alive
 
-    def sample(self, handle: StepHandle) -> StepFuture:
-        """Ask for the tokens of a handle of this executor; returns at once."""
-        if not self._stop.alive:
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function there and wait for it; raises what it raised. An interrupt of the wait ends the thread after the function."""
+        job = _Call(function)
+        self.put(job)
+        try:
+            return job.result()
+        except BaseException:
+            self._stop()
+            raise
+
+    def attach(self, worker: StepWorker) -> None:
+        """From now on steps go to this worker, which `close` closes."""
+        self._driver.worker = worker
+
+    def put(self, job: _ThreadHandle | _ThreadFuture | _Call[Any]) -> None:
+        """Queue a job. Raises EngineDeadError after `close`."""
+        if self.is_closed:
             raise _closed()
-        assert isinstance(handle, _ThreadHandle)
-        future = _ThreadFuture(handle)
-        self._driver.jobs.put(future)
-        return future
+        self._driver.jobs.put(job)
 
     def close(self) -> None:
         """Let the call that runs now end, drop what comes after it, close the worker, end the thread. Raises what closing the worker raised.
@@ -126,6 +141,31 @@ class ThreadExecutor:
         error, self._driver.close_error = self._driver.close_error, None
         if error is not None:
             raise error
+
+
+class ThreadExecutor:
+    """A worker on a thread of its own. thread: the one in which the worker was built; without it a new one."""
+
+    def __init__(self, worker: StepWorker, thread: WorkerThread | None = None) -> None:
+        self._thread = thread if thread is not None else WorkerThread()
+        self._thread.attach(worker)
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Hand the plan over; returns at once. Raises EngineDeadError after `close`."""
+        handle = _ThreadHandle(plan)
+        self._thread.put(handle)
+        return handle
+
+    def sample(self, handle: StepHandle) -> StepFuture:
+        """Ask for the tokens of a handle of this executor; returns at once."""
+        assert isinstance(handle, _ThreadHandle)
+        future = _ThreadFuture(handle)
+        self._thread.put(future)
+        return future
+
+    def close(self) -> None:
+        """As `WorkerThread.close`."""
+        self._thread.close()
 
 
 class _ThreadHandle:
@@ -176,26 +216,57 @@ class _ThreadFuture:
         self._lock.release()
 
 
+class _Call(Generic[T]):
+    """A function that somebody waits for. What it raises is its caller's; steps may follow."""
+
+    __slots__ = ("_error", "_function", "_lock", "_value")
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def result(self) -> T:
+        with self._lock:
+            pass
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+    def run(self, worker: StepWorker | None) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:  # noqa: BLE001  raised again by `result`
+            self._error = error
+
+    def settle(self, failure: BaseException | None) -> None:
+        self._error = self._error or failure
+        self._lock.release()
+
+
 class _Driver:
     """What the thread runs. jobs: in the order of the calls, None at the end."""
 
-    def __init__(self, worker: StepWorker) -> None:
-        self.jobs: queue.SimpleQueue[_ThreadHandle | _ThreadFuture | None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[_ThreadHandle | _ThreadFuture | _Call[Any] | None] = queue.SimpleQueue()
+        self.worker: StepWorker | None = None
         self.close_error: BaseException | None = None
-        self._worker = worker
         self._failure: BaseException | None = None
 
     def run(self) -> None:
         while (job := self.jobs.get()) is not None:
             if self._failure is None:
                 try:
-                    job.run(self._worker)
+                    job.run(self.worker)  # type: ignore[arg-type]
                 except BaseException as error:  # noqa: BLE001  whatever it is, it is raised where the result is asked for
                     self._failure = error
             job.settle(self._failure)
             del job  # not to hold a step's logits while waiting for the next
         try:
-            self._worker.close()
+            if self.worker is not None:
+                self.worker.close()
         except BaseException as error:  # noqa: BLE001  raised again by the caller of `close`
             self.close_error = error
 
@@ -210,11 +281,11 @@ def _closed() -> EngineDeadError:
     return EngineDeadError("the engine was closed; start a new one")
 
 
-_open: weakref.WeakSet[ThreadExecutor] = weakref.WeakSet()
+_open: weakref.WeakSet[WorkerThread] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
     """A thread inside a forward while the interpreter is taken down around it would crash: wait for the end of the call."""
-    for executor in list(_open):
-        executor.close()
+    for thread in list(_open):
+        thread.close()

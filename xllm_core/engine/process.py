@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 18
 _SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are still under way
 _LOADING_EVERY_S = 0.2
+_GATHER_SHARE = 0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
+_MAX_GATHER_S = 0.02
 
 
 class Channel:
@@ -82,6 +85,7 @@ class EngineLoop:
         self._base_preemptions = engine.scheduler.stats.num_preemptions
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
+        self._last_step_s = 0.0
         engine.scheduler.events = SchedulerEvents()
 
     def run(self, taken: list[ToEngine]) -> None:
@@ -89,15 +93,25 @@ class EngineLoop:
         engine = self._engine
         self._tell_stats()
         while True:
+            was_idle = not engine.has_work
             for message in taken or self._channel.receive(self._patience_s()):
                 self._take(message)
             taken = []
+            if was_idle and engine.has_work:
+                self._gather()
             if self._is_stopping:
                 return
             if engine.has_work or engine.scheduler.kv.stats().held_blocks:
                 self._step()
             else:
                 self._tell_stats()
+
+    def _gather(self) -> None:
+        """Take what else arrives in a small part of a step's time: started alone, the first of many requests costs the others a step."""
+        deadline_s = time.monotonic() + min(_MAX_GATHER_S, _GATHER_SHARE * self._last_step_s)
+        while not self._is_stopping and (left_s := deadline_s - time.monotonic()) > 0:
+            for message in self._channel.receive(left_s):
+                self._take(message)
 
     def _patience_s(self) -> float | None:
         if self._engine.has_work:
@@ -121,7 +135,10 @@ class EngineLoop:
             self._is_stopping = True
 
     def _step(self) -> None:
+        started_s = time.monotonic()
         outputs = self._engine.step()
+        if outputs:  # the last steps of a batch have nothing to do
+            self._last_step_s = time.monotonic() - started_s
         events, stats = self._engine.scheduler.events, self._stats()
         assert events is not None
         if outputs or events.admitted or events.preempted or stats != self._told:
@@ -148,7 +165,7 @@ class EngineLoop:
 
 def build(settings: Settings, channel: Channel) -> tuple[Engine, EngineInfo, messages.TextFiles]:
     """Find, load and connect everything; tells the parent of each phase that has ended."""
-    from xllm_core.engine.build import build_engine, load_model
+    from xllm_core.engine.build import build_engine, call_in, load_model, worker_thread
 
     clock = _Phases(channel)
     manager = PluginManager.discover(settings).load()
@@ -157,9 +174,10 @@ def build(settings: Settings, channel: Channel) -> tuple[Engine, EngineInfo, mes
     clock.end("model", f"{assembly.plan.architecture}, {assembly.plan.dtype}")
     with ThreadPoolExecutor(1, thread_name_prefix="xllm-tokenizer") as pool:
         text = pool.submit(_text_files, assembly)  # a first conversion takes seconds, as loading weights does
-        loaded = load_model(assembly, settings, progress=clock.loading)
+        thread = worker_thread(settings)
+        loaded = call_in(thread, partial(load_model, assembly, settings, progress=clock.loading))
         clock.end("weights", loaded.device.facts().name)
-        built = build_engine(assembly, settings, loaded=loaded)
+        built = build_engine(assembly, settings, loaded=loaded, thread=thread)
         info = engine_info(assembly, built)
         clock.end("KV cache", f"{info.num_blocks} blocks of {info.block_size} tokens")
         _warm_up(built.engine, info)
