@@ -1,8 +1,8 @@
 """What does HTTP cost over offline use, and how soon does a server answer?
 
 Throughput: `xllm serve` under 16 closed-loop clients that stream (aiohttp, token-id prompts), against an engine in a process of its own that is
-given the same requests at once with room for 16: the same batch, both with the default settings. The arms take turns (ours, theirs, theirs, ours, ...) and
-the idle one sleeps.
+given the same requests at once with room for 16: the same batch, both with the default settings. The arms take turns (ours,
+theirs, theirs, ours, ...) and the idle one sleeps.
 Every request generates exactly the same number of tokens. A pair's ratio is HTTP / offline in new tokens per second; the median has a 95 %
 bootstrap interval, and the target counts as met when its lower end reaches 0.92. The client runs on the same cores and is counted in.
 

@@ -113,6 +113,9 @@ class ServerTable(Table):
     )
     open_metrics: bool = Field(False, description="Where keys are set: answer /metrics without one.")
     max_body_bytes: int = Field(32 << 20, ge=1, description="Largest body of a request.")
+    max_bodies_bytes: int = Field(
+        256 << 20, ge=1, description="Most bytes of all bodies that are being read at once; more are answered 503."
+    )
     max_header_bytes: int = Field(64 << 10, ge=256, description="Most bytes of a request's line and headers.")
     header_timeout_s: float = _seconds(10.0, "Time for the line and headers of a request to arrive.")
     body_timeout_s: float = _seconds(60.0, "Time for the whole body of a request to arrive.")
@@ -139,6 +142,13 @@ class ServerTable(Table):
     generation_config: Literal["auto", "none"] = Field(
         "auto", description="Defaults of sampling: auto takes the model's own, none takes those of the API."
     )
+
+    @field_validator("max_bodies_bytes")
+    @classmethod
+    def _check_one_fits(cls, value: int, info: ValidationInfo) -> int:
+        if value < (most := info.data.get("max_body_bytes", 0)):
+            raise ValueError(f"it must be at least max_body_bytes = {most}, else the largest body never fits")
+        return value
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -281,7 +281,7 @@ def fields() -> Iterator[Case]:
     yield with_field(COMPLETIONS, "stream_options", '{"include_usage": null}', 200, stream=True)
     yield with_field(COMPLETIONS, "stream_options", "{}", word="stream: true", stream=False)
     yield with_field(COMPLETIONS, "prompt_logprobs", "1", word="stream", stream=True)
-    yield with_field(COMPLETIONS, "echo", "true", word="streamed", stream=True, logprobs=1)
+    yield with_field(COMPLETIONS, "prompt_logprobs", "2", word="stream", stream=True, echo=True, logprobs=2)
     yield with_field(COMPLETIONS, "prompt_logprobs", "3", stream=False, echo=True, logprobs=1)
     yield with_field(COMPLETIONS, "best_of", "3", n=2)
     for literal, status in {
@@ -428,7 +428,13 @@ ODD_BUT_GOOD = {
 REVEALING = re.compile(
     r"Traceback|\.py\b|site-packages|xllm_core|/tmp/|/home/|/root/|0x[0-9a-f]{6,}|object at|<class|pydantic|msgspec|h11|bytearray|[A-Z]\w+Error\b"
 )
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
 
 
 def check_refusal(answer: Answer, status: int, word: str) -> None:

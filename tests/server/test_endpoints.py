@@ -52,6 +52,8 @@ def test_health(server: Server, path: str) -> None:
     """A ready server is healthy in every sense, without a body."""
     answer = server.get(path)
     assert (answer.status, answer.body) == (200, b"") and answer.headers["x-request-id"]
+    assert server.request("HEAD", path).status == 200
+    assert server.request("POST", path).status == (200 if path == "/ping" else 405)
 
 
 def test_models(server: Server) -> None:
@@ -80,6 +82,18 @@ def test_routes_that_are_not_there(server: Server, method: str, path: str, statu
     """Errors have OpenAI's shape there too."""
     answer = server.request(method, path)
     assert answer.status == status and set(answer.error) == {"message", "type", "param", "code"}
+
+
+def test_refusals_say_which_and_where(server: Server) -> None:
+    """The prompt of a list that is too long is named; what belongs to the other route is sent there."""
+    for long in ([5] * 600, "abc " * 200):
+        answer = server.post("/v1/completions", {"prompt": [[5, 6] if isinstance(long, list) else "ab", long]})
+        assert answer.status == 400 and "prompt[1]" in answer.error["message"], answer.error
+        assert answer.error["code"] == "context_length_exceeded" and answer.error["param"] == "prompt"
+    chat = server.post("/v1/chat/completions", {"prompt": "ab", "messages": [{"role": "user", "content": "x"}]})
+    assert "a prompt goes to /v1/completions" in chat.error["message"]
+    plain = server.post("/v1/completions", {"messages": []})
+    assert "a conversation goes to /v1/chat/completions" in plain.error["message"]
 
 
 def test_version_load_and_docs(server: Server) -> None:

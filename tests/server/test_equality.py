@@ -79,7 +79,7 @@ LENGTHS = [
 COMPLETION_OPTIONS = SAMPLING | {
     **required("prompt", "abc", [10, 20, 30, 70], ["one", "two words", "€"], [[5, 6, 7], [200]]),
     "length": LENGTHS,
-    "logprobs": [{}, {"logprobs": 0}, {"logprobs": 5}, {"echo": True}],  # with both, nothing is streamed
+    "logprobs": [{}, {"logprobs": 0}, {"logprobs": 5}, {"echo": True}, {"echo": True, "logprobs": 2}],
 }
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}
 CHAT_OPTIONS = SAMPLING | {
@@ -224,6 +224,8 @@ def offline_requests(llm: LLM, body: dict[str, Any]) -> list[tuple[list[int], Sa
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
         prompts = [prompts] if isinstance(prompts[0], int) else prompts
         prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if body.get("echo"):
+        given["prompt_logprobs"] = body.get("logprobs")
     if "logit_bias" in given:
         given["logit_bias"] = {int(key): value for key, value in given["logit_bias"].items()}
     return [(prompt, SamplingParams(**given)) for prompt in prompts]
@@ -249,6 +251,8 @@ def offline_choices(outputs: list[RequestOutput], body: dict[str, Any], llm: LLM
         echo = llm.get_tokenizer().decode(
             group.prompt_token_ids, skip_special_tokens=body.get("skip_special_tokens", True)
         )
+        before = group.prompt_logprobs or []
+        prompt = group.prompt_token_ids if before else []
         found += [
             {
                 "text": (echo if body.get("echo") else "") + output.text,
@@ -256,7 +260,8 @@ def offline_choices(outputs: list[RequestOutput], body: dict[str, Any], llm: LLM
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
                 "chosen": None if output.logprobs is None else [
-                    scores[token].logprob for token, scores in zip(output.token_ids, output.logprobs, strict=True)
+                    None if scores is None else scores[token].logprob
+                    for token, scores in zip([*prompt, *output.token_ids], [*before, *output.logprobs], strict=True)
                 ],
             }
             for output in group.outputs
@@ -264,7 +269,7 @@ def offline_choices(outputs: list[RequestOutput], body: dict[str, Any], llm: LLM
     return found
 
 
-def chosen(logprobs: Any) -> list[float] | None:
+def chosen(logprobs: Any) -> list[float | None] | None:
     """Logprobs of the tokens that stand there, from either route."""
     if logprobs is None:
         return None
@@ -368,6 +373,10 @@ def test_echo_with_logprobs(server: Server, llm: LLM, max_tokens: int) -> None:
         assert {len(column) for column in found.values()} == {len(prompt) + max_tokens}
         for top, likeliest in zip(found["top_logprobs"][1:], scores[1:], strict=True):
             assert alike(max(top.values()), max(one.logprob for one in likeliest.values()))
+    events = server.post(COMPLETIONS, {**body, "return_token_ids": True, "stream": True})
+    assert alike(
+        streamed(events, body, is_chat=False)[0], [parts_of(choice, is_chat=False) for choice in answer["choices"]]
+    )
     assert answer["usage"]["completion_tokens"] == 2 * max_tokens
     assert answer["usage"]["prompt_tokens"] == 6
 

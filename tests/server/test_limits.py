@@ -26,7 +26,7 @@ BODY_BYTES, CONNECTIONS, RUNNING, QUEUE, WAITING = 20_000, 40, 2, 5, 2
 LIMITS = {
     "max-body-bytes": BODY_BYTES, "max-header-bytes": 4096, "header-timeout-s": 1, "body-timeout-s": 1.5, "body-idle-timeout-s": 0.6,
     "keep-alive-timeout-s": 1, "write-timeout-s": 1, "max-connections": CONNECTIONS, "max-queue": QUEUE, "comment-interval-s": 0.3,
-    "max-num-seqs": RUNNING, "max-waiting": WAITING, "num-blocks": 1100,
+    "max-bodies-bytes": 2 * BODY_BYTES, "max-num-seqs": RUNNING, "max-waiting": WAITING, "num-blocks": 1100,
 }  # fmt: skip
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 8000, "temperature": 0}
@@ -87,6 +87,23 @@ def test_body_size(strict: Server, is_chunked: bool) -> None:
         connection.sendall(sent(3 * BODY_BYTES) + ending.encode())
         answers = b"".join(iter(lambda: connection.recv(65536), b""))
     assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"413", b"200"]
+
+
+def test_all_bodies_together(strict: Server) -> None:
+    """Two that stopped on their way hold nearly all there is: a third is asked to come again, and served once they are gone."""
+    part = f"{HEAD}Content-Length: {BODY_BYTES}\r\n\r\n".encode() + padded(BODY_BYTES - 10)
+    with strict.connect() as one, strict.connect() as two:
+        for connection in (one, two):
+            connection.sendall(part)
+        answer = strict.post(COMPLETIONS, SHORT)
+        deadline = time.monotonic() + 0.5
+        while answer.status == 200 and time.monotonic() < deadline:
+            answer = strict.post(COMPLETIONS, SHORT)
+        check_refusal(answer, 503, f"at most {2 * BODY_BYTES} are taken together ([server] max_bodies_bytes)")
+        assert answer.error["code"] == "overloaded" and "retry-after" in answer.headers
+    deadline = time.monotonic() + 10
+    while strict.post(COMPLETIONS, SHORT).status != 200:
+        assert time.monotonic() < deadline
 
 
 def test_lengths_that_lie(strict: Server) -> None:

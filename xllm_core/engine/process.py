@@ -41,7 +41,9 @@ _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 18
 _SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are still under way
 _LOADING_EVERY_S = 0.2
-_GATHER_SHARE = 0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
+_GATHER_SHARE = (
+    0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
+)
 _MAX_GATHER_S = 0.02
 
 

@@ -162,8 +162,8 @@ class Serving:
         """
         processor = self.processor
         names = [f"{request_id}-{i}" for i in range(len(prepared))]
-        for one in prepared:
-            processor.check(one, request_id)
+        for i, one in enumerate(prepared):
+            processor.check(one, request_id if len(prepared) == 1 else f"{request_id}, prompt[{i}]")
         if len(prepared) > self._max_queue:
             raise InvalidRequestError(
                 f"{len(prepared)} prompts in one request, and at most {self._max_queue} requests may wait at all ([server] max_queue); send fewer",

@@ -21,7 +21,7 @@ from xllm_core.frontend.serving import Answer, Serving
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.frontend.validation import shown
 from xllm_core.server import openai, schemas
-from xllm_core.server.body import BodyLimits, ClientGone, parse_object, read_body
+from xllm_core.server.body import BodyLimits, ClientGone, Lease, parse_object, read_body
 from xllm_core.server.guard import CLIENT_GONE, ApiKeys, Guard, send_problem
 from xllm_core.server.metrics import CONTENT_TYPE, Metrics
 from xllm_core.server.openai import Job, Reply
@@ -124,6 +124,10 @@ def _add_routes(app: FastAPI, state: ServerState) -> None:
     get("/version", routes.version, "The server's version")
     get("/metrics", routes.metrics, "For Prometheus")
     get("/load", routes.load, "Requests under way")
+    probes = (("/health", routes.health), ("/health/live", routes.live), ("/health/startup", routes.startup))
+    for path, handler in (*probes, ("/health/ready", routes.health), ("/ping", routes.health)):
+        methods = ["HEAD", "POST"] if path == "/ping" else ["HEAD"]  # balancers ask so; some platforms post their ping
+        app.add_api_route(path, handler, methods=methods, include_in_schema=False, response_class=JsonResponse)
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -179,7 +183,9 @@ class _Routes:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         table = state.settings
-        self._limits = BodyLimits(table.max_body_bytes, table.body_timeout_s, table.body_idle_timeout_s)
+        self._limits = BodyLimits(
+            table.max_body_bytes, table.max_bodies_bytes, table.body_timeout_s, table.body_idle_timeout_s
+        )
 
     # ---- generating ----------------------------------------------------------------------------------------------------------
 
@@ -205,8 +211,7 @@ class _Routes:
 
     async def _generate(self, request: Request, understand: Understand) -> Response:
         scope, processor = request.scope["state"], self._state.processor
-        raw = await self._raw(request)
-        job, prepared = await self._off_loop(len(raw), understand, raw, processor)
+        job, prepared = await self._understood(request, understand, processor)
         prepared = [_for_tenant(one, scope["tenant"]) for one in prepared]
         if job.label is not None:
             scope["label"] = _label(job.label)
@@ -238,8 +243,11 @@ class _Routes:
             waiter.cancel()
             leaver.cancel()
 
-    async def _raw(self, request: Request) -> bytes:
-        return await read_body(dict(request.scope["headers"]), request.receive, self._limits)
+    async def _understood(self, request: Request, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function makes of the request's body, which it gets first."""
+        with Lease(self._limits) as lease:
+            raw = await read_body(dict(request.scope["headers"]), request.receive, self._limits, lease)
+            return await self._off_loop(len(raw), function, raw, *arguments)
 
     def _parse(self, raw: bytes, model: type[schemas._Model]) -> schemas._Model:
         return schemas.parse(model, parse_object(raw), self._state.metrics.ignored)
@@ -255,8 +263,7 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> Response:
         """`/tokenize`."""
-        raw = await self._raw(request)
-        return JsonResponse(await self._off_loop(len(raw), self._tokens_of, raw))
+        return JsonResponse(await self._understood(request, self._tokens_of))
 
     def _tokens_of(self, raw: bytes) -> dict[str, Any]:
         body = self._parse(raw, schemas.TokenizeBody)
@@ -272,8 +279,7 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> Response:
         """`/detokenize`."""
-        raw = await self._raw(request)
-        return JsonResponse({"prompt": await self._off_loop(len(raw), self._text_of, raw)})
+        return JsonResponse({"prompt": await self._understood(request, self._text_of)})
 
     def _text_of(self, raw: bytes) -> str:
         body = self._parse(raw, schemas.DetokenizeBody)

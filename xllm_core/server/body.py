@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from xllm_core.errors import HttpRefusal, InvalidRequestError
 from xllm_core.frontend.validation import shown
@@ -20,21 +20,49 @@ _LARGE_BYTES = 1 << 18
 Receive = Callable[[], Awaitable[Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BodyLimits:
-    """Of `[server]`."""
+    """Of `[server]`. held_bytes: of all bodies that are being read or understood now; `Lease` counts them."""
 
     max_body_bytes: int
+    max_bodies_bytes: int
     body_timeout_s: float
     body_idle_timeout_s: float
+    held_bytes: int = 0
+
+
+class Lease:
+    """What one request holds of the memory for bodies, as a context: from its first byte until something was made of it."""
+
+    def __init__(self, limits: BodyLimits) -> None:
+        self._limits = limits
+        self._num_bytes = 0
+
+    def grow(self, num_bytes: int) -> None:
+        """Count bytes that came. Raises HttpRefusal (503) when all bodies together are too much."""
+        limits = self._limits
+        if num_bytes and limits.held_bytes + num_bytes > limits.max_bodies_bytes:
+            raise HttpRefusal(
+                f"the bodies of the requests under way hold {limits.held_bytes} bytes, and at most {limits.max_bodies_bytes} are taken together "
+                "([server] max_bodies_bytes); try again later",
+                status=503, code="overloaded",
+            )  # fmt: skip
+        limits.held_bytes += num_bytes
+        self._num_bytes += num_bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._limits.held_bytes -= self._num_bytes
 
 
 class ClientGone(Exception):
     """The connection closed before the request was whole; nobody is there to answer."""
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits) -> bytes:
-    """The whole body of a request that says it is JSON; `parse_object` reads it. Raises HttpRefusal (408, 413, 415), ClientGone."""
+async def read_body(headers: dict[bytes, bytes], receive: Receive, limits: BodyLimits, lease: Lease) -> bytes:
+    """The whole body of a request that says it is JSON; `parse_object` reads it. Raises HttpRefusal (408, 413, 415, 503), ClientGone."""
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json":
         raise HttpRefusal(
@@ -59,12 +87,12 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limits: BodyL
             raise _too_slow(len(body), left_s <= limits.body_idle_timeout_s, limits) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > limits.max_body_bytes:
+            raise _too_large(len(body) + len(piece), limits)
+        lease.grow(len(piece))
+        body += piece
         more = message.get("more_body", False)
-        if len(body) > limits.max_body_bytes:
-            size = len(body)
-            body.clear()
-            raise _too_large(size, limits)
     return bytes(body)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xllm_core.errors import InvalidRequestError
+from xllm_core.errors import InvalidRequestError, PromptTooLongError
 from xllm_core.frontend.processor import Prepared, Processor, Prompt
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.frontend.validation import MAX_LOGIT_BIAS, MAX_LOGPROBS, shown
@@ -72,11 +72,6 @@ def completion_job(body: CompletionBody, processor: Processor, *, max_prompts: i
     is_echo_only = is_echo and max_tokens == 0
     params = _params(body, processor, max_tokens=1 if is_echo_only else max_tokens, logprobs=body.logprobs)
     if is_echo and body.logprobs is not None:
-        if body.stream:
-            raise InvalidRequestError(
-                "echo with logprobs cannot be streamed; set stream to false, or leave one of the others out",
-                param="echo",
-            )
         if body.prompt_logprobs not in (None, body.logprobs):
             raise InvalidRequestError(
                 f"prompt_logprobs = {shown(body.prompt_logprobs)} beside echo and logprobs = {shown(body.logprobs)}: they report the same positions; "
@@ -248,6 +243,11 @@ def prepare(job: Job, processor: Processor) -> list[Prepared]:
             if len(job.prompts) == 1:
                 raise
             raise InvalidRequestError(f"prompt[{i}]: {error}", param=error.param) from error
+        except PromptTooLongError as error:
+            name = "prompt" if len(job.prompts) == 1 else f"prompt[{i}]"
+            raise PromptTooLongError(
+                name, prompt_tokens=error.prompt_tokens, max_model_len=error.max_model_len
+            ) from error
     return ready
 
 
@@ -328,7 +328,7 @@ class Reply:
         else:
             end = 0 if job.is_echo_only else len(output.token_ids)
             choice["text"] = echo_text(group, job) + ("" if job.is_echo_only else text)
-            choice["logprobs"] = self._echoed(group, output, end) if job.is_echo else self.logprobs(output, 0, end)
+            choice["logprobs"] = self.echoed(group, output, end) if job.is_echo else self.logprobs(output, 0, end)
             if group.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = _prompt_logprobs(group)
         choice["finish_reason"] = "length" if job.is_echo_only else output.finish_reason
@@ -339,8 +339,8 @@ class Reply:
                 choice["prompt_token_ids"] = group.prompt_token_ids
         return choice
 
-    def _echoed(self, group: RequestOutput, output: CompletionOutput, end: int) -> dict[str, Any] | None:
-        """Logprobs of prompt and answer in one list; the first prompt token has none."""
+    def echoed(self, group: RequestOutput, output: CompletionOutput, end: int) -> dict[str, Any] | None:
+        """Logprobs of the prompt and of the answer's tokens up to `end`, in one list; the first prompt token has none."""
         if self.job.num_top is None or group.prompt_logprobs is None or output.logprobs is None:
             return None
         ids = [*group.prompt_token_ids, *output.token_ids[:end]]

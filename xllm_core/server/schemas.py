@@ -125,6 +125,11 @@ UNSUPPORTED = frozenset(_NEUTRAL) | {
     "offline", "ttft_slo_ms", "tpot_slo_ms", "ttlt_slo_ms", "echo", "best_of", "vllm_xargs", "input_text", "lora_path",
 }  # fmt: skip
 
+_ELSEWHERE = {
+    ("ChatBody", "prompt"): "; a prompt goes to /v1/completions, a conversation is sent as messages",
+    ("CompletionBody", "messages"): "; a conversation goes to /v1/chat/completions, this route takes a prompt",
+}
+
 _Model = TypeVar("_Model", bound=Body)
 
 
@@ -146,7 +151,8 @@ def parse(model: type[_Model], body: dict[str, Any], on_ignored: Callable[[str],
                     f"{name} = {shown(value)} is not supported by this server; leave it out", param=name
                 )
         else:
-            raise InvalidRequestError(f"unknown field {shown(name)}{guess(name, known)}", param=name[:64])
+            hint = _ELSEWHERE.get((model.__name__, name)) or guess(name, known)
+            raise InvalidRequestError(f"unknown field {shown(name)}{hint}", param=name[:64])
     try:
         return model.model_validate(taken)
     except ValidationError as error:

@@ -83,7 +83,7 @@ class Chunks:
             choice["delta"] = {"content": text} if text or finish is None else {}
         else:
             choice["text"] = text if sent.has_begun else echo_text(group, job) + text
-        choice["logprobs"] = self._logprobs(output, sent, end)
+        choice["logprobs"] = self._logprobs(group, output, sent, 0 if job.is_echo_only else end)
         choice["finish_reason"] = "length" if job.is_echo_only and finish else finish
         if finish is not None:
             choice["stop_reason"] = None if job.is_echo_only else output.stop_reason
@@ -95,8 +95,12 @@ class Chunks:
         sent.is_over = finish is not None
         yield self._event({"choices": [choice]})
 
-    def _logprobs(self, output: CompletionOutput, sent: _Sent, end: int) -> dict[str, Any] | None:
-        found = self._reply.logprobs(output, sent.num_tokens, end, sent.num_token_chars)
+    def _logprobs(self, group: RequestOutput, output: CompletionOutput, sent: _Sent, end: int) -> dict[str, Any] | None:
+        """Of the tokens that are new; with echo the prompt's come before the first."""
+        if self._reply.job.is_echo and not sent.has_begun:
+            found = self._reply.echoed(group, output, end)
+        else:
+            found = self._reply.logprobs(output, sent.num_tokens, end, sent.num_token_chars)
         if found is not None:
             sent.num_token_chars += sum(len(token) for token in found.get("tokens", ()))
         return found
