@@ -82,10 +82,10 @@ def test_errors_we_did_not_expect_keep_their_traceback() -> None:
 
 
 def test_plugins_list_json() -> None:
-    """One JSON array; the core's parts in it."""
-    done = xllm("plugins", "list", "--json")
-    records = json.loads(done.stdout)
-    assert records[0]["id"] == "core"
-    assert records[0]["state"] == "loaded"
-    assert "rms_norm" in records[0]["parts"]["xllm_ops"]
-    assert "core  loaded  xllm-core" in xllm("plugins", "list").stdout
+    """One JSON array; with --why the core's parts in it, each with what it declares."""
+    found = json.loads(xllm("plugins", "list", "--json").stdout)
+    assert (found[0]["id"], found[0]["state"], found[0]["parts"]) == ("core", "found", {})
+    loaded = json.loads(xllm("plugins", "list", "--why", "--json").stdout)
+    assert loaded[0]["state"] == "loaded"
+    assert loaded[0]["parts"]["xllm_ops"]["rms_norm"]["devices"] == ["reference"]
+    assert "core  found  xllm-core" in xllm("plugins", "list").stdout

@@ -30,6 +30,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from xllm_core.config_flags import click_options
+from xllm_core.config_secrets import find_references, reveal, with_references
 from xllm_core.config_sources import PLURAL_KINDS, KeyPath, Layer, guess, place_of, put, read_environment, walk
 from xllm_core.config_tables import (
     FLAT_KEYS,
@@ -202,7 +203,16 @@ class Settings(BaseSettings):
     def tables(self) -> dict[str, dict[str, Any]]:
         """Every table as plain data that JSON can hold, for `from_tables` in another process. SECRETS ARE READABLE in it."""
         tables: dict[str, dict[str, Any]] = plain(self.model_dump(), shows_secrets=True)
+        if self.plugins.locked:  # the other process knows no settings file
+            tables["plugins"]["lock_file"] = str(self.lock_path.absolute())
         return tables
+
+    @property
+    def lock_path(self) -> Path:
+        """Where the lock of plugins is: `[plugins] lock_file`, or beside the settings file, or here."""
+        if self.plugins.lock_file is not None:
+            return Path(self.plugins.lock_file)
+        return (self._reading.config_path or DEFAULT_FILE).parent / "xllm.lock.toml"
 
     def place(self, *keys: str) -> str:
         """Where the value at `keys` (table, key, ...) comes from: "xllm.toml:12:3", "XLLM_KV__NUM_BLOCKS", "--num-blocks", "argument", "default"."""
@@ -334,7 +344,9 @@ def shown_value(model: type[BaseModel], keys: tuple[str, ...], value: Any) -> st
 def validate_plugin_table(
     plugin_id: str, model: type[BaseModel], raw: Mapping[str, Any], settings: Settings | None = None
 ) -> dict[str, Any]:
-    """Check `[plugin.ID]` with the plugin's own model; returns plain data with defaults. Raises ConfigError that names key and value.
+    """Check `[plugin.ID]` with the plugin's own model; returns plain data with defaults, and with references to secrets, which `reveal` resolves.
+
+    Raises ConfigError that names key and value.
 
     settings: where `raw` came from, so that the message says in which line, too.
     """
@@ -349,15 +361,18 @@ def validate_plugin_table(
             raise ConfigError(
                 f"{place(key)}[plugin.{plugin_id}] {key}: unknown key{guess(key, known)}; keys are {', '.join(known)}"
             )
+    references = find_references(raw)
+    revealed = reveal(raw, lambda *keys: f"{place(*keys)}[plugin.{plugin_id}] ")
     try:
-        return model.model_validate(dict(raw)).model_dump()
+        return with_references(model.model_validate(revealed).model_dump(), references)
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
             keys = tuple(str(part) for part in problem["loc"])
-            shown = shown_value(model, keys, problem["input"])
+            is_hidden = any(keys[: len(path)] == path for path in references)
+            shown = "***" if is_hidden else shown_value(model, keys, problem["input"])
             lines.append(f"{place(*keys)}[plugin.{plugin_id}] {'.'.join(keys)} = {shown}: {_reason(problem)}")
-        cause = None if holds_secret(model) else error  # a traceback prints it, and it quotes values
+        cause = None if holds_secret(model) or references else error  # a traceback prints it, and it quotes values
         raise ConfigError("\n".join(lines)) from cause
 
 

@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 
 from xllm_core.config_tables import TABLES, flag_name, holds_secret, is_list
 
+_PLUGIN_FLAGS = ("strict", "locked")  # lists of plugins belong in a file, where the next start finds them
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -23,10 +25,10 @@ def click_options(*tables: str, without: Collection[str] = ()) -> Callable[[_Com
     import click
 
     def decorate(command: _Command) -> _Command:
-        for table in reversed(tables):
+        for table in reversed((*tables, "plugins") if tables else ()):
             for name, entry in reversed(list(TABLES[table].model_fields.items())):
                 flat = flag_name(name, entry)
-                if name in without:
+                if name in without or (table == "plugins" and name not in _PLUGIN_FLAGS):
                     continue
                 if holds_secret(entry.annotation):
                     command = _refused_flag(flat, f"XLLM_{table}__{name}".upper())(command)

@@ -16,6 +16,9 @@ PREFIX = "XLLM_"
 OTHER_VARIABLES = ("XLLM_API_KEY", "XLLM_CACHE_DIR")
 """Variables that are no settings: the key that our clients send, and where converted tokenizers are kept, which is read before any setting."""
 
+PLUGINS_VARIABLE = "XLLM_PLUGINS"
+"""`[plugins] only`, by a name that is quickly typed; set and empty it leaves the core alone."""
+
 PLURAL_KINDS = ("logits_processors", "observers")
 """Kinds of `[use]` that take a list."""
 
@@ -114,6 +117,8 @@ def is_from_kubernetes(name: str, environ: Mapping[str, str]) -> bool:
 
 def _variable_path(name: str, known: Mapping[str, Iterable[str]]) -> KeyPath:
     """XLLM_KV__BLOCK_SIZE -> ("kv", "block_size"); raises for a variable that sets nothing."""
+    if name == PLUGINS_VARIABLE:
+        return "plugins", "only"
     parts = name[len(PREFIX) :].split("__")
     path = tuple(part.lower() for part in parts)
     names = {f"{PREFIX}{table}__{key}".upper(): key for table, keys in known.items() for key in keys}

@@ -179,14 +179,26 @@ class LogTable(Table):
 
 
 class PluginsTable(Table):
-    """Which plugins take part. All that are installed do, unless they are disabled."""
+    """Which plugins take part. All that are installed do, unless policy, only or disable say otherwise."""
 
+    policy: Literal["installed", "listed"] = Field(
+        "installed", description="installed: every plugin found may load. listed: only those that enable names."
+    )
+    only: tuple[str, ...] | None = Field(
+        None,
+        description="Only these ids, and all of them must load; also XLLM_PLUGINS=a,b. Empty is none but the core.",
+    )
     enable: tuple[str, ...] = Field(
-        (), description="Plugins that must load: ID, or ID@DISTRIBUTION to decide between two."
+        (), description="Plugins that must load: ID, or ID@DISTRIBUTION, which no other distribution can claim."
     )
     disable: tuple[str, ...] = Field((), description="Plugin ids that are not imported.")
     require: tuple[str, ...] = Field(
         (), description="Plugins that must load, with a version where it matters: ID>=1.2."
+    )
+    strict: bool = Field(False, description="Start only if every plugin that may load does.")
+    locked: bool = Field(False, description="Start only with the plugins that the lock names (`xllm plugins lock`).")
+    lock_file: str | None = Field(
+        None, min_length=1, description="Where the lock is; default xllm.lock.toml beside the settings file."
     )
 
 
@@ -234,7 +246,8 @@ FLAT_KEYS = _flat_keys()
 
 def is_list(entry: FieldInfo) -> bool:
     """True for a field that takes several values."""
-    return typing.get_origin(entry.annotation) is tuple
+    kinds = (entry.annotation, *typing.get_args(entry.annotation))
+    return any(typing.get_origin(kind) is tuple for kind in kinds)
 
 
 def holds_secret(annotation: Any) -> bool:

@@ -48,7 +48,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     before = set(sys.modules)
     yield do_install
     for name in set(sys.modules) - before:
-        if name.startswith(("xllm_good", "xllm_twin", "xllm_broken", "xllm_unknown", "xllm_wrong", "xllm_too_new")):
+        if name.startswith(
+            (
+                "xllm_good",
+                "xllm_twin",
+                "xllm_broken",
+                "xllm_unknown",
+                "xllm_wrong",
+                "xllm_too_new",
+                "xllm_exits",
+                "xllm_hangs",
+            )
+        ):
             del sys.modules[name]
 
 

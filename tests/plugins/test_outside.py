@@ -37,8 +37,12 @@ def test_list_shows_the_broken_beside_the_good(install: Install, xllm: Run) -> N
     """With states and reasons, and nothing on stderr: the list is where the reasons belong."""
     install("good", "broken_import", "twin_a", "twin_b", "too_new")
     done = xllm("plugins", "list", "--json")
+    assert done.returncode == 0, done.stderr
+    unseen = {(record["id"], record["distribution"]): record["state"] for record in json.loads(done.stdout)}
+    done = xllm("plugins", "list", "--why", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     states = {(record["id"], record["distribution"]): record["state"] for record in json.loads(done.stdout)}
+    assert unseen == {key: "found" if state in ("loaded", "failed") else state for key, state in states.items()}
     assert states.pop(("core", "xllm-core")) == "loaded"
     assert states == {
         ("good", "xllm-good"): "loaded",

@@ -1,58 +1,43 @@
-"""`xllm plugins`: what is installed, in which state, and why a part is chosen."""
+"""`xllm plugins`: what is installed, in which state, and why a part is chosen. Each subcommand is imported when it runs."""
 
 from __future__ import annotations
 
-import json
-import logging
+from importlib import import_module
 
 import click
 
-from xllm_core.config import KINDS, click_options, settings_from_flags
-from xllm_core.plugins.explain import why
-from xllm_core.plugins.manager import PluginManager, PluginRecord
+_SUMMARIES = {
+    "list": "List every plugin found and its state.",
+    "show": "Show one plugin: where it comes from and what it offers.",
+    "why": "Explain which part is chosen, and why the others are not.",
+    "doctor": "Load every plugin apart from the others, and say what to mend.",
+    "enable": "Let a plugin take part: edits the settings file.",
+    "disable": "Keep a plugin from being imported: edits the settings file.",
+    "schema": "Print a commented sample of a plugin's settings.",
+    "lock": "Write down which plugins are installed, for `--locked`.",
+}
 
 
-@click.group("plugins")
+class LazyGroup(click.Group):
+    """Subcommand NAME is `command` of module `xllm_core.commands.plugins_NAME`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table."""
+        return list(_SUMMARIES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one."""
+        if cmd_name not in _SUMMARIES:
+            return None
+        found: click.Command = import_module(f"xllm_core.commands.plugins_{cmd_name}").command
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """From the table, so that help imports none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_SUMMARIES.items()))
+
+
+@click.group("plugins", cls=LazyGroup)
 def command() -> None:
-    """List plugins, and explain why a part is chosen."""
-
-
-@command.command("list")
-@click.option("--json", "is_json", is_flag=True, help="One JSON array on stdout.")
-@click_options()
-def list_plugins(is_json: bool, **flags: object) -> None:
-    """List every plugin found, its state and what it offers. A broken plugin is shown with its reason and stops nothing."""
-    settings = settings_from_flags(flags)
-    logging.getLogger("xllm_core.plugins").setLevel(logging.ERROR)  # the reasons stand in the list itself
-    records = PluginManager.discover(settings).load().records
-    if is_json:
-        click.echo(json.dumps([record.to_json() for record in records], indent=2))
-        return
-    for record in records:
-        click.echo("\n".join(_lines(record)))
-
-
-@command.command("why")
-@click.argument("kind", metavar="KIND")
-@click.option("--model", "model_path", default=None, help="Decide for this model; without it, for a common shape.")
-@click_options("model", "device", "kv")
-def why_chosen(kind: str, model_path: str | None, **flags: object) -> None:
-    """Explain which part is chosen for KIND, what else would serve, and why the rest would not."""
-    given = {"model": model_path} if model_path is not None else {}
-    settings = settings_from_flags(flags, **given)
-    click.echo(why(kind, settings, PluginManager.discover(settings).load()))
-
-
-why_chosen.help = (
-    f"{why_chosen.help}\n\nKinds: {', '.join(KINDS)}; attention.GROUP, op.NAME and model.ARCHITECTURE narrow them down."
-)
-
-
-def _lines(record: PluginRecord) -> list[str]:
-    lines = [f"{record.id}  {record.state}  {record.distribution} {record.version}"]
-    if record.reason:
-        lines.append(f"  {record.reason}")
-    for hook, specs in record.specs.items():
-        if specs:
-            lines.append(f"  {hook.removeprefix('xllm_'):<18} {', '.join(spec.name for spec in specs)}")
-    return lines
+    """List plugins, explain why a part is chosen, and say which of them take part."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from xllm_core.config_secrets import reveal
 from xllm_core.engine.engine import Engine
 from xllm_core.engine.executor import InProcessExecutor, T, ThreadExecutor, WorkerThread
 from xllm_core.engine.metrics import StepLog
@@ -232,7 +233,7 @@ def _build(choice: Choice, *arguments: Any) -> Any:
 def _build_store(plan: AssemblyPlan, geometry: KVGeometry) -> KVStore | None:
     if plan.kv_store is None:
         return None
-    settings: Mapping[str, Any] = plan.plugin_settings.get(plan.kv_store.plugin, {})
+    settings = reveal(plan.plugin_settings.get(plan.kv_store.plugin, {}))
     store: KVStore = _build(plan.kv_store, settings, geometry)
     return store
 

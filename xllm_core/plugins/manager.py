@@ -7,11 +7,13 @@ checked -> loaded. Each plugin is registered with a pluggy manager of its own, s
 from __future__ import annotations
 
 import logging
+import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import importlib_metadata
 import pluggy
@@ -19,20 +21,17 @@ import pluggy
 from xllm_core import __version__
 from xllm_core.errors import ConfigError, PluginConflictError, PluginError
 from xllm_core.plugins import hookspecs
+from xllm_core.plugins import policy as plugin_policy
 from xllm_core.plugins.plan import describe
 from xllm_core.plugins.plan import load_target as load_target
+from xllm_core.plugins.records import CORE as CORE
+from xllm_core.plugins.records import PluginRecord as PluginRecord
 from xllm_core.plugins.specs import API_VERSION, PluginContext, PluginInfo, Spec
 
 if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-
     from xllm_core.config import Settings
 
 GROUP = "xllm_core.plugins"
-CORE = "core"
-
-PluginState = Literal["found", "loaded", "disabled", "failed", "incompatible", "conflict"]
-_ID = re.compile(r"[a-z][a-z0-9_-]*")
 _log = logging.getLogger("xllm_core.plugins")
 
 
@@ -40,35 +39,6 @@ class PluginModule(Protocol):
     """What an entry point names: a module, or in tests anything with this attribute and hook implementations."""
 
     xllm_plugin: PluginInfo
-
-
-@dataclass(slots=True)
-class PluginRecord:
-    """What became of one plugin. Read it; only the manager writes.
-
-    reason: why it is not loaded, or empty. is_wanted: the user named it (required, enabled, pinned or configured), so that its failure
-    stops start-up. specs: hook name -> what it offered.
-    """
-
-    id: str
-    distribution: str
-    version: str
-    state: PluginState = "found"
-    reason: str = ""
-    is_wanted: bool = False
-    specs: dict[str, tuple[Spec, ...]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `xllm plugins list --json`."""
-        parts = {hook: [spec.name for spec in specs] for hook, specs in self.specs.items() if specs}
-        return {
-            "id": self.id,
-            "distribution": self.distribution,
-            "version": self.version,
-            "state": self.state,
-            "reason": self.reason,
-            "parts": parts,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +63,7 @@ class _Candidate:
     record: PluginRecord
     load: Callable[[], PluginModule]
     requires: Sequence[str] = ()
+    requires_python: str = ""
     hooks: pluggy.PluginManager | None = None
     info: PluginInfo | None = None
 
@@ -106,7 +77,7 @@ class PluginManager:
         self._tables: dict[str, Mapping[str, Any]] = {}
         self._is_loaded = False
         self._is_locked = False
-        self._apply_policy()
+        self._missing = plugin_policy.apply_policy([candidate.record for candidate in self._candidates], settings)
 
     @classmethod
     def discover(cls, settings: Settings | None = None, *, extra: Sequence[PluginModule] = ()) -> PluginManager:
@@ -121,25 +92,43 @@ class PluginManager:
 
     @property
     def records(self) -> tuple[PluginRecord, ...]:
-        """One per distribution and id, core first, then by id."""
-        records = [candidate.record for candidate in self._candidates]
+        """One per distribution and id, and one per id that is named and not installed; core first, then by id."""
+        records = [*(candidate.record for candidate in self._candidates), *self._missing]
         return tuple(sorted(records, key=lambda record: (record.id != CORE, record.id, record.distribution)))
 
     @property
     def tables(self) -> Mapping[str, Mapping[str, Any]]:
-        """The validated settings of each loaded plugin that has any, defaults filled in, as plain data."""
+        """The validated settings of each loaded plugin that has any, defaults filled in, secrets as references where they were given so."""
         return self._tables
 
-    def load(self) -> PluginManager:
-        """Import every enabled plugin and call its hooks; failures land in `records`. Returns itself; a second call does nothing."""
+    def load(
+        self,
+        *,
+        skip: Mapping[str, str] = MappingProxyType({}),
+        on_begin: Callable[[str], None] = lambda plugin_id: None,
+    ) -> PluginManager:
+        """Import every enabled plugin and call its hooks; failures land in `records`. Returns itself; a second call does nothing.
+
+        Raises PluginError, before anything is imported, if `[plugins] locked` is set and the lock names others.
+        skip: plugin id -> why it is known to fail; it is not imported. on_begin: told the id of each before it is imported.
+        """
         self._check_unlocked()
         if self._is_loaded:
             return self
         self._is_loaded = True
+        if self._settings is not None and self._settings.plugins.locked:
+            from xllm_core.plugins.lockfile import check_lock
+
+            check_lock(self._settings.lock_path, self.check_metadata().records)  # before any of their code runs
         core = next((c for c in self._candidates if c.record.id == CORE), None)
         for candidate in sorted(self._candidates, key=lambda c: (c is not core, c.record.id)):
-            if candidate.record.state == "found":
-                self._take_in(candidate)
+            if candidate.record.state != "found":
+                continue
+            if reason := skip.get(candidate.record.id):
+                candidate.record.state, candidate.record.reason = "failed", reason
+                continue
+            on_begin(candidate.record.id)
+            self._take_in(candidate)
         self._refuse_hidden_commands()
         for record in self.records:
             if record.state in ("failed", "incompatible", "conflict") and not record.is_wanted:
@@ -151,15 +140,37 @@ class PluginManager:
     def commands(self, plugin_id: str) -> tuple[Offer, ...]:
         """What one plugin brings to the command line; imports that plugin's module and no other. Raises PluginError if it cannot be loaded."""
         self._check_unlocked()
-        matches = [candidate for candidate in self._candidates if candidate.record.id == plugin_id]
-        for candidate in matches:
+        candidate = self._usable(plugin_id)
+        try:
+            return _offers(candidate.record, self._call(candidate, "xllm_cli", PluginContext()))
+        except Exception as error:
             record = candidate.record
-            if record.state == "found":
+            record.state, record.reason = "failed", describe(error)
+            raise self._unusable(plugin_id) from error
+
+    def _usable(self, plugin_id: str) -> _Candidate:
+        """The one candidate of an id, imported. Raises PluginError."""
+        for candidate in self._candidates:
+            if candidate.record.id == plugin_id and candidate.record.state == "found":
                 self._import(candidate)
-            if record.state in ("found", "loaded") and candidate.hooks is not None:
-                return _offers(record, self._call(candidate, "xllm_cli", PluginContext()))
-        found = ", ".join(f"{c.record.distribution}: {c.record.state}, {c.record.reason}" for c in matches)
-        raise PluginError(f"plugin {plugin_id!r} is not usable ({found or 'not installed'}); see `xllm plugins list`")
+            if (
+                candidate.record.id == plugin_id
+                and candidate.hooks is not None
+                and candidate.record.state in ("found", "loaded")
+            ):
+                return candidate
+        raise self._unusable(plugin_id)
+
+    def _unusable(self, plugin_id: str) -> PluginError:
+        found = ", ".join(f"{r.distribution}: {r.state}, {r.reason}" for r in self.records if r.id == plugin_id)
+        return PluginError(f"plugin {plugin_id!r} is not usable ({found or 'not installed'}); see `xllm plugins list`")
+
+    def config_model(self, plugin_id: str) -> Any:
+        """The pydantic model of one plugin's table, or None if it takes no settings; imports that plugin and no other. Raises PluginError."""
+        self._check_unlocked()
+        candidate = self._usable(plugin_id)
+        config = candidate.info.config if candidate.info is not None else None
+        return load_target(config, owner=f"plugin {plugin_id}") if config is not None else None
 
     def offers(self, hook: str) -> tuple[Offer, ...]:
         """What loaded plugins offer through one hook: by descending rank, core last among equals, then by name."""
@@ -172,82 +183,15 @@ class PluginManager:
 
     def check_wanted(self) -> None:
         """Raise for the first plugin that the user asked for and that is not loaded, or that is not of the version required."""
-        for record in self.records:
-            if record.is_wanted and record.state == "conflict":
-                raise PluginConflictError(record.reason)
-            is_decided = any(r.id == record.id and r.state == "loaded" for r in self.records)
-            if record.is_wanted and record.state != "loaded" and not is_decided:
-                raise PluginError(
-                    f"plugin {record.id!r} ({record.distribution} {record.version}) was asked for and is {record.state}: {record.reason}"
-                )
-        known = {record.id for record in self.records}
-        for plugin_id, place in _wanted(self._settings).items():
-            if plugin_id not in known:
-                raise ConfigError(
-                    f"{place} names plugin {plugin_id!r}, which is not installed; installed: {', '.join(sorted(known))}"
-                )
-        if self._settings is not None:
-            for text in self._settings.plugins.require:
-                self._check_version(text)
+        plugin_policy.check_wanted(self.records, self._settings)
 
     def lock(self) -> None:
         """Assembly is over: any further hook call raises, also through a pluggy manager that somebody kept."""
         self._is_locked = True
 
-    def _check_version(self, text: str) -> None:
-        need = _requirement(text)
-        for record in self.records:
-            if (
-                record.id == need.name
-                and record.state == "loaded"
-                and not need.specifier.contains(record.version, True)
-            ):
-                raise PluginError(
-                    f"[plugins] require = [{text!r}]: {record.distribution} {record.version} is installed"
-                )
-
     def _check_unlocked(self) -> None:
         if self._is_locked:
             raise PluginError("plugins are locked: the assembly plan is made, and hooks are called at no other time")
-
-    def _apply_policy(self) -> None:
-        """Disable, find two distributions under one id, and mark what the user asked for. No plugin code runs."""
-        plugins = self._settings.plugins if self._settings is not None else None
-        decided = dict(_split_enable(text) for text in plugins.enable) if plugins else {}
-        disabled = set(plugins.disable) if plugins else set()
-        wanted = _wanted(self._settings)
-        known = {candidate.record.id for candidate in self._candidates}
-        if CORE in disabled:
-            raise ConfigError(
-                "[plugins] disable = ['core']: the core's own parts cannot be disabled; pin others in [use]"
-            )
-        if unknown := sorted(disabled - known):
-            raise ConfigError(
-                f"[plugins] disable names {unknown}, not installed; installed: {', '.join(sorted(known))}"
-            )
-        for candidate in self._candidates:
-            record = candidate.record
-            record.is_wanted = record.id in wanted
-            rivals = sorted({c.record.distribution for c in self._candidates if c.record.id == record.id})
-            is_doubled = sum(c.record.id == record.id for c in self._candidates) > 1
-            choice = decided.get(record.id)
-            if not _ID.fullmatch(record.id):
-                record.state, record.reason = "failed", "its id must be lower-case letters, digits, '_' and '-'"
-            elif record.id in disabled:
-                record.state, record.reason = "disabled", "listed in [plugins] disable"
-            elif choice and choice not in rivals:
-                record.state = "failed"
-                record.reason = f"[plugins] enable asks for {record.id}@{choice}; installed from {', '.join(rivals)}"
-            elif choice and choice != record.distribution:
-                record.state, record.reason = "disabled", f"[plugins] enable gives {record.id!r} to {choice}"
-            elif is_doubled and len(rivals) == 1:
-                record.state, record.reason = "conflict", f"{rivals[0]} declares the id {record.id!r} more than once"
-            elif is_doubled and not choice:
-                record.state = "conflict"
-                record.reason = (
-                    f"plugin id {record.id!r} is provided by {' and '.join(rivals)}; "
-                    f'keep one: [plugins] enable = ["{record.id}@{rivals[0]}"]'
-                )
 
     def _take_in(self, candidate: _Candidate) -> None:
         """Import one plugin, validate its table, call its hooks. Whatever goes wrong becomes the record's state and reason."""
@@ -258,12 +202,14 @@ class PluginManager:
         try:
             table = self._validated(candidate.info)
             core = self._settings.core_tables() if self._settings is not None else {}
-            context = PluginContext(settings=table, core=core)
+            context = PluginContext(settings=_revealed(table), core=core)
             specs = {
                 hook: self._call(candidate, hook, PluginContext() if hook == "xllm_cli" else context)
                 for hook in hookspecs.HOOKS
             }
-        except Exception as error:  # noqa: BLE001  a plugin may raise anything; it is recorded, and fatal if asked for
+        except KeyboardInterrupt:
+            raise  # that was the user
+        except BaseException as error:  # noqa: BLE001  a plugin may raise anything; it is recorded, and fatal if asked for
             record.state, record.reason = "failed", describe(error)
             return
         record.specs, record.state = specs, "loaded"
@@ -276,7 +222,7 @@ class PluginManager:
         if candidate.hooks is not None:
             return
         try:
-            if reason := _incompatible(candidate.requires):
+            if reason := _unfit(candidate):
                 record.state, record.reason = "incompatible", reason
                 return
             module = candidate.load()
@@ -291,7 +237,9 @@ class PluginManager:
             hooks.register(module, name=record.id)
             hooks.check_pending()
             _check_hooks(hooks, module)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  a plugin may raise anything; it is recorded, and fatal if asked for
+        except KeyboardInterrupt:
+            raise  # that was the user
+        except BaseException as error:  # noqa: BLE001  a plugin may raise anything; it is recorded, and fatal if asked for
             record.state, record.reason = "failed", describe(error)
             return
         candidate.hooks, candidate.info = hooks, info
@@ -315,9 +263,18 @@ class PluginManager:
                 specs.append(spec)
         return tuple(specs)
 
+    def check_metadata(self) -> PluginManager:
+        """Say of each plugin that is found whether its metadata fits this core and this Python; no plugin code runs. Returns itself."""
+        for candidate in self._candidates:
+            record = candidate.record
+            if record.state == "found" and (reason := _unfit(candidate)):
+                record.state, record.reason = "incompatible", reason
+        return self
+
     def _validated(self, info: PluginInfo) -> Mapping[str, Any]:
         """The plugin's table after its own model checked it, defaults filled in; empty for a plugin that takes no settings."""
-        raw = self._settings.plugin.get(info.id, {}) if self._settings is not None else {}
+        given = self._settings.plugin.get(info.id, {}) if self._settings is not None else {}
+        raw = {key: value for key, value in given.items() if key != "optional"}  # which is said to us
         if info.config is None:
             if raw:
                 raise ConfigError(
@@ -339,8 +296,11 @@ class PluginManager:
 
 def _from_entry_point(entry: importlib_metadata.EntryPoint) -> _Candidate:
     dist = entry.dist
-    name, version = (dist.metadata["Name"], dist.version) if dist is not None else ("unknown", "0")
-    return _Candidate(PluginRecord(entry.name, name, version), entry.load, tuple((dist and dist.requires) or ()))
+    if dist is None:
+        return _Candidate(PluginRecord(entry.name, "unknown", "0"), entry.load)
+    python = dist.metadata.get("Requires-Python") or ""
+    record = PluginRecord(entry.name, dist.metadata["Name"], dist.version)
+    return _Candidate(record, entry.load, tuple(dist.requires or ()), python)
 
 
 def _from_module(module: PluginModule) -> _Candidate:
@@ -350,12 +310,21 @@ def _from_module(module: PluginModule) -> _Candidate:
     return _Candidate(record, lambda: module)
 
 
-def _incompatible(requires: Iterable[str]) -> str:
-    """The reason why the installed core does not satisfy a distribution's own requirements, or nothing."""
-    for text in requires:
+def _unfit(candidate: _Candidate) -> str:
+    """The reason why this core, or this Python, does not satisfy a distribution's own requirements, or nothing."""
+    if candidate.requires_python:
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+        python = platform.python_version()
+        try:
+            if not SpecifierSet(candidate.requires_python).contains(python, True):
+                return f"it requires Python {candidate.requires_python}, this is {python}"
+        except InvalidSpecifier as error:
+            return f"its metadata says Requires-Python: {error}"
+    for text in candidate.requires:
         if not re.match(r"xllm[-_.]core\b(?![-_.]?\w)", text, re.IGNORECASE):
             continue  # another package's line, and not ours to judge
-        need = _requirement(text)
+        need = plugin_policy.requirement(text)
         is_active = need.marker is None or need.marker.evaluate({"extra": ""})
         if is_active and not need.specifier.contains(__version__, True):
             return f"it requires xllm-core{need.specifier}, installed is {__version__}"
@@ -396,36 +365,12 @@ def _check_hooks(hooks: pluggy.PluginManager, module: PluginModule) -> None:
             raise PluginError(f"{name} is defined and not marked with @hookimpl, so it would never be called")
 
 
-def _split_enable(text: str) -> tuple[str, str | None]:
-    plugin_id, _, distribution = text.partition("@")
-    return plugin_id, distribution or None
-
-
-def _requirement(text: str) -> Requirement:
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    try:
-        return Requirement(text)
-    except InvalidRequirement as error:
-        raise ConfigError(f"{text!r} is no requirement: {error}; write a name, or name>=version") from error
-
-
-def _wanted(settings: Settings | None) -> dict[str, str]:
-    """Plugin ids that the user named, and where; their failure stops start-up."""
-    if settings is None:
+def _revealed(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not table:
         return {}
-    wanted = {plugin_id: f"[plugin.{plugin_id}]" for plugin_id in settings.plugin}
-    wanted |= {_split_enable(text)[0]: f"[plugins] enable = [{text!r}]" for text in settings.plugins.enable}
-    wanted |= {_requirement(text).name: f"[plugins] require = [{text!r}]" for text in settings.plugins.require}
-    pins = [
-        (f"[use] {kind}", name)
-        for kind, value in settings.use.items()
-        for name in ([value] if isinstance(value, str) else value)
-    ]
-    for place, name in [*pins, ("[device] name", settings.device.name)]:
-        if "/" in name:
-            wanted[name.partition("/")[0]] = f"{place} = {name!r}"
-    return wanted
+    from xllm_core.config_secrets import reveal
+
+    return reveal(table)
 
 
 def _offers(record: PluginRecord, specs: Iterable[Spec]) -> tuple[Offer, ...]:

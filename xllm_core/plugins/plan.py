@@ -40,6 +40,13 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
+def _masked(value: object) -> str:
+    """Of what JSON does not know only secrets come here."""
+    if not hasattr(value, "get_secret_value"):
+        raise TypeError(f"a plan holds plain data, not {type(value).__name__}")
+    return "***"
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One part that was chosen.
@@ -92,8 +99,8 @@ class AssemblyPlan:
     plugin_settings: Mapping[str, Mapping[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data that `json.dumps` takes."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """Plain data that `json.dumps` takes. Secrets that stand in the settings themselves are masked; references stay."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_masked))
         return plain
 
     @property
