@@ -64,12 +64,12 @@ def test_the_public_surface() -> None:
     """What third parties build on. A name that goes or is renamed breaks them: this list changes only on purpose."""
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
-        "API_VERSION", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionSpec", "Axis", "BatchLayout",
+        "API_VERSION", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis", "BatchLayout",
         "CORE_OPS", "Checkpoint", "CommandSpec", "DeviceBackend", "DeviceFacts", "DeviceSpec", "ForwardContext", "Hit",
-        "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreSpec", "KVTensorSpec",
+        "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec",
         "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MemoryInfo",
-        "Miss", "Model", "ModelFamily", "ModelShape", "ModelSpec", "Observer", "ObserverSpec", "OpSpec", "Parts",
-        "PluginContext", "PluginInfo", "ProcessorContext", "Sampler", "SamplerSpec", "SamplingBatch",
+        "Miss", "Model", "ModelFamily", "ModelQuery", "ModelShape", "ModelSpec", "Observer", "ObserverSpec", "OpQuery", "OpSpec", "Parts",
+        "PluginContext", "PluginInfo", "ProcessorContext", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch",
         "SchedulerPolicy", "SchedulerSpec", "SequenceView", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles",
         "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "hookimpl",
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from xllm_core.errors import (
 )
 from xllm_core.plugins import AttentionGeometry, AttentionSpec, DeviceSpec
 from xllm_core.plugins import select as select_module
+from xllm_core.plugins.contracts.queries import AttentionQuery
 from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.resolve import Assembly, Resolver, assemble
@@ -43,7 +44,7 @@ def pick(offers: list[Offer], **tables: Any) -> Any:
         "attention.full",
         offers,
         Settings(**tables),
-        lambda o: unfit_attention(o, geometry=GEOMETRY, device_kind="cpu"),
+        lambda o: unfit_attention(o, AttentionQuery(geometry=GEOMETRY, device_kind="cpu")),
         need="a test",
     )
 
@@ -73,7 +74,7 @@ def test_what_is_not_declared_is_denied(capabilities: dict[str, Any], changes: d
     from dataclasses import replace
 
     geometry = replace(GEOMETRY, **changes)
-    assert unfit_attention(offer("k", **capabilities), geometry=geometry, device_kind="cpu") == reason
+    assert unfit_attention(offer("k", **capabilities), AttentionQuery(geometry=geometry, device_kind="cpu")) == reason
 
 
 def test_rank_then_others_before_the_core_then_name() -> None:

@@ -1,7 +1,7 @@
 """What crosses between a front end and an engine process: typed msgspec structs, length-prefixed msgpack over one socket pair.
 
-To the engine: `Start` first, then `Submit`, `Abort`, `Ping`, `Stop`. From it: `Phase`s while it starts, then `Ready` or `Failed`, then one
-`Stepped` per step, `Refused` for a request that it did not take, `Pong`.
+To the engine: `Start` first, then `Submit`, `Abort`, `Ping`, `Stop`. From it: `Phase`s while it starts, `Planned` if it made the plan, then
+`Ready` or `Failed`, then one `Stepped` per step, `Refused` for a request that it did not take, `Pong`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ MAX_MESSAGE_BYTES = 1 << 30  # a prompt of a million tokens takes five megabytes
 _PREFIX_BYTES = 4
 
 
+class Planned(msgspec.Struct, tag=True):
+    """What was decided: `AssemblyPlan.to_json()` and its hash. Holds no secret."""
+
+    plan: dict[str, Any]
+    hash: str
+
+
 class Start(msgspec.Struct, tag=True):
-    """tables: `Settings.tables()`."""
+    """tables: `Settings.tables()`. planned: what to build; None: find plugins and decide."""
 
     tables: dict[str, Any]
+    planned: Planned | None = None
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -131,7 +139,7 @@ class Pong(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Submit | Abort | Ping | Stop
-FromEngine = Phase | Loading | Ready | Failed | Stepped | Refused | Pong
+FromEngine = Phase | Loading | Planned | Ready | Failed | Stepped | Refused | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -32,6 +32,7 @@ from xllm_core.engine.scheduler import SchedulerEvents
 from xllm_core.errors import RequestError, XllmError
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.plugins.worker import assembly_of, load_plan
 from xllm_core.types import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -165,14 +166,16 @@ class EngineLoop:
         )  # fmt: skip
 
 
-def build(settings: Settings, channel: Channel) -> tuple[Engine, EngineInfo, messages.TextFiles]:
-    """Find, load and connect everything; tells the parent of each phase that has ended."""
+def build(
+    settings: Settings, channel: Channel, planned: messages.Planned | None
+) -> tuple[Engine, EngineInfo, messages.TextFiles]:
+    """Find, load and connect everything; tells the parent of each phase that has ended. planned: what another process has decided already."""
     from xllm_core.engine.build import build_engine, call_in, load_model, worker_thread
 
     clock = _Phases(channel)
-    manager = PluginManager.discover(settings).load()
-    clock.end("plugins", ", ".join(sorted(record.id for record in manager.records if record.state == "loaded")))
-    assembly = assemble(settings, manager)
+    assembly = (
+        _decide(settings, channel, clock) if planned is None else assembly_of(load_plan(planned.plan, planned.hash))
+    )
     clock.end("model", f"{assembly.plan.architecture}, {assembly.plan.dtype}")
     with ThreadPoolExecutor(1, thread_name_prefix="xllm-tokenizer") as pool:
         text = pool.submit(_text_files, assembly)  # a first conversion takes seconds, as loading weights does
@@ -187,6 +190,15 @@ def build(settings: Settings, channel: Channel) -> tuple[Engine, EngineInfo, mes
         files = text.result()
     clock.end("tokenizer", Path(files.tokenizer_json).name if files.tokenizer_json else "none")
     return built.engine, info, files
+
+
+def _decide(settings: Settings, channel: Channel, clock: _Phases) -> Assembly:
+    """Find plugins, choose, and tell the parent what was chosen, for the engines beside this one."""
+    manager = PluginManager.discover(settings).load()
+    clock.end("plugins", ", ".join(sorted(record.id for record in manager.records if record.state == "loaded")))
+    assembly = assemble(settings, manager)
+    channel.send(messages.Planned(assembly.plan.to_json(), assembly.plan.hash))
+    return assembly
 
 
 class _Phases:
@@ -261,7 +273,7 @@ def main(arguments: list[str]) -> int:
         if not isinstance(start, messages.Start):
             raise RuntimeError(f"the first message was {type(start).__name__}, not Start")
         settings = Settings.from_tables(start.tables)
-        engine, info, text = build(settings, channel)
+        engine, info, text = build(settings, channel, start.planned)
         channel.send(messages.Ready(info, text))
         EngineLoop(engine, channel).run(early)
     except EOFError:

@@ -57,6 +57,8 @@ class EngineProcess(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._death_fd = -1
         self._ready: asyncio.Future[messages.Ready] | None = None
+        self._planned: messages.Planned | None = None
+        self._is_planned = asyncio.Event()
         self._info: EngineInfo | None = None
         self._failure: messages.Failed | None = None
         self._death: EngineDeadError | None = None
@@ -95,14 +97,19 @@ class EngineProcess(asyncio.Protocol):
             os.close(death_read)
         return ours
 
-    async def start(self, sock: socket.socket) -> messages.Ready:
-        """Wait until the engine of `spawn` serves. Raises EngineStartError with the engine's own message."""
+    async def start(self, sock: socket.socket, planned: messages.Planned | None = None) -> messages.Ready:
+        """Wait until the engine of `spawn` serves. planned: what it is to build. Raises EngineStartError with the engine's own message."""
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         sock.setblocking(False)
         await loop.create_connection(lambda: self, sock=sock)
-        self._send(messages.Start(self._tables))
+        self._send(messages.Start(self._tables, planned))
         return await self._ready
+
+    async def planned(self) -> messages.Planned | None:
+        """What this engine decided, for others to build, while its own start goes on; None if it ended before."""
+        await self._is_planned.wait()
+        return self._planned
 
     def close(self) -> None:
         """Ask the process to end, and make it if it does not. Safe to call twice; blocks for some seconds at most."""
@@ -195,6 +202,7 @@ class EngineProcess(asyncio.Protocol):
             )  # a process that closed its last socket is gone in a moment; its status belongs in the message
         self._death = EngineDeadError(self._obituary())
         self._unfinished.clear()
+        self._is_planned.set()
         if self._ready is not None and not self._ready.done():
             failure = self._failure
             own = failure is not None and failure.is_ours
@@ -223,6 +231,9 @@ class EngineProcess(asyncio.Protocol):
                 self._ready.set_result(message)
         elif isinstance(message, messages.Failed):
             self._failure = message
+        elif isinstance(message, messages.Planned):
+            self._planned = message
+            self._is_planned.set()
         else:
             self._on_start(message)
 

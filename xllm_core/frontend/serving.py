@@ -108,7 +108,12 @@ class Serving:
 
     async def start(self) -> EngineInfo:
         """Wait for the engines and open the tokenizer. Raises EngineStartError."""
-        starts = [asyncio.ensure_future(e.start(s)) for e, s in zip(self.engines, self._sockets, strict=True)]
+        first, *others = zip(self.engines, self._sockets, strict=True)
+        starts = [asyncio.ensure_future(first[0].start(first[1]))]
+        if (
+            others and (planned := await first[0].planned()) is not None
+        ):  # one discovers and decides, the others build the same
+            starts += [asyncio.ensure_future(engine.start(sock, planned)) for engine, sock in others]
         ready = (await asyncio.gather(*starts))[0]
         for warning in ready.text.warnings:
             _log.warning("%s", warning)

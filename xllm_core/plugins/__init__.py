@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     )
     from xllm_core.plugins.contracts.observer import Observer, StepRecord
     from xllm_core.plugins.contracts.ops import CORE_OPS, LinearOp
+    from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
     from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
     from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
     from xllm_core.plugins.contracts.weights import (
@@ -110,6 +111,13 @@ _CONTRACTS = {
         "CORE_OPS",
         "LinearOp",
     ),
+    "queries": (
+        "AttentionQuery",
+        "KVStoreQuery",
+        "ModelQuery",
+        "OpQuery",
+        "SamplerQuery",
+    ),
     "sampling": (
         "LogitsProcessor",
         "ProcessorContext",
@@ -138,6 +146,7 @@ __all__ = [
     "Attention",
     "AttentionGeometry",
     "AttentionKernel",
+    "AttentionQuery",
     "AttentionSpec",
     "Axis",
     "BatchLayout",
@@ -154,6 +163,7 @@ __all__ = [
     "KVMover",
     "KVSegments",
     "KVStore",
+    "KVStoreQuery",
     "KVStoreSpec",
     "KVTensorSpec",
     "KVView",
@@ -167,16 +177,19 @@ __all__ = [
     "Miss",
     "Model",
     "ModelFamily",
+    "ModelQuery",
     "ModelShape",
     "ModelSpec",
     "Observer",
     "ObserverSpec",
+    "OpQuery",
     "OpSpec",
     "Parts",
     "PluginContext",
     "PluginInfo",
     "ProcessorContext",
     "Sampler",
+    "SamplerQuery",
     "SamplerSpec",
     "SamplingBatch",
     "SchedulerPolicy",

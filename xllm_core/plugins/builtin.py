@@ -156,7 +156,8 @@ def xllm_cli() -> Iterable[CommandSpec]:
         "bench": "Measure throughput or latency of a model.",
         "doctor": "Check this machine, the plugins and what they would choose.",
         "models": "Show a model's facts, or the architectures that can be served.",
-        "plugins": "List plugins, and explain why a part is chosen.",
+        "plan": "Show everything that a start would decide, and what decided it.",
+        "plugins": "List plugins, explain choices, and say which take part.",
         "config": "Show every setting and where it comes from.",
     }
     for name, summary in summaries.items():

@@ -40,7 +40,7 @@ def _with_model(kind: str, settings: Settings, manager: PluginManager) -> list[s
                 if name.startswith("attention.")
                 else ""
             )
-            lines += [f"{name}{need}", *_block(choice)]
+            lines += [f"{name}{need}", *block(choice)]
     return lines or [_none_chosen(kind)]
 
 
@@ -60,13 +60,13 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager) -> lis
         return lines + [f"  rejected {name}  {reason}" for name, reason in rejected]
     if base in ("scheduler", "kv_store"):
         picked = resolver.scheduler() if base == "scheduler" else resolver.kv_store()
-        return [base, *_block(picked)] if picked else [_none_chosen(kind)]
+        return [base, *block(picked)] if picked else [_none_chosen(kind)]
     device, facts = resolver.device()
     if base == "device":
-        return [f"device: {facts.name}", *_block(device)]
+        return [f"device: {facts.name}", *block(device)]
     dtype = facts.dtypes[0] if settings.model.dtype == "auto" else settings.model.dtype
     if base == "sampler":
-        return [f"sampler for {facts.kind}", *_block(resolver.sampler(facts))]
+        return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":
         names = [name for name in CORE_OPS if narrow in ("", name)]
         return _joined((f"op.{name} on {facts.kind} in {dtype}", resolver.op(name, facts, dtype)) for name in names)
@@ -85,10 +85,11 @@ def _none_chosen(kind: str) -> str:
 
 
 def _joined(pairs: Iterable[tuple[str, Choice]]) -> list[str]:
-    return [line for title, choice in pairs for line in (title, *_block(choice))]
+    return [line for title, choice in pairs for line in (title, *block(choice))]
 
 
-def _block(choice: Choice) -> list[str]:
+def block(choice: Choice) -> list[str]:
+    """A choice for people: chosen, eligible, rejected."""
     lines = [f"  chosen   {choice.name}  {choice.reason}  ({choice.distribution} {choice.version})"]
     lines += [f"  eligible {name}" for name in choice.eligible]
     return lines + [f"  rejected {name}  {reason}" for name, reason in choice.rejected]

@@ -10,10 +10,15 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from xllm_core import __version__
 from xllm_core.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.attention import AttentionGeometry
+
+
+MASKED = "***"
+"""What stands in a plan for a secret."""
 
 
 def load_target(target: str, *, owner: str) -> Any:
@@ -44,7 +49,7 @@ def _masked(value: object) -> str:
     """Of what JSON does not know only secrets come here."""
     if not hasattr(value, "get_secret_value"):
         raise TypeError(f"a plan holds plain data, not {type(value).__name__}")
-    return "***"
+    return MASKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,32 @@ class AssemblyPlan:
         """Plain data that `json.dumps` takes. Secrets that stand in the settings themselves are masked; references stay."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_masked))
         return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> AssemblyPlan:
+        """The plan that `to_json` wrote. Raises PluginError for what is none."""
+        from xllm_core.plugins.contracts.attention import AttentionGeometry
+
+        def choice(data: Mapping[str, Any]) -> Choice:
+            rejected = tuple((name, reason) for name, reason in data["rejected"])
+            return Choice(**{**data, "eligible": tuple(data["eligible"]), "rejected": rejected})
+
+        try:
+            return cls(
+                **{
+                    **plain,
+                    **{
+                        name: choice(plain[name])
+                        for name in ("device", "weight_format", "model", "sampler", "scheduler")
+                    },
+                    **{name: {key: choice(c) for key, c in plain[name].items()} for name in ("ops", "attention")},
+                    **{name: tuple(map(choice, plain[name])) for name in ("logits_processors", "observers")},
+                    "kv_store": choice(plain["kv_store"]) if plain["kv_store"] is not None else None,
+                    "geometry": {key: AttentionGeometry(**entry) for key, entry in plain["geometry"].items()},
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PluginError(f"this is no plan of xllm-core {__version__}: {type(error).__name__}: {error}") from error
 
     @property
     def hash(self) -> str:

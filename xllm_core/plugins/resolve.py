@@ -5,6 +5,7 @@ device -> weights -> model family -> dtype -> block size, layout and attention -
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from xllm_core.plugins.contracts.device import DeviceFacts
 from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.plugins.contracts.model import ModelFamily, ModelShape
 from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
 from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.plan import AssemblyPlan, Choice, describe, load_target
@@ -31,12 +33,15 @@ from xllm_core.plugins.select import (
     chosen,
     find_named,
     fits_anything,
+    kv_offers,
+    ranking,
     refusal,
     unfit_attention,
     unfit_device,
     unfit_model,
     unfit_op,
     unfit_sampler,
+    unfit_store,
 )
 
 _DEFAULT_BLOCK_SIZE = 16
@@ -68,6 +73,7 @@ class _Layout:
     kv_layout: str
     geometry: Mapping[str, AttentionGeometry]
     attention: Mapping[str, Choice]
+    kv_store: Choice | None
 
 
 def assemble(settings: Settings, manager: PluginManager) -> Assembly:
@@ -100,7 +106,7 @@ def assemble(settings: Settings, manager: PluginManager) -> Assembly:
         sampler=resolver.sampler(facts),
         logits_processors=resolver.all_of("logits_processors", is_default_all=True)[0],
         scheduler=resolver.scheduler(),
-        kv_store=resolver.kv_store(),
+        kv_store=layout.kv_store,
         observers=resolver.all_of("observers", is_default_all=False)[0],
         block_size=layout.block_size,
         kv_layout=layout.kv_layout,
@@ -186,10 +192,11 @@ class Resolver:
                 f"architecture {architecture!r} is not known{guess(architecture, known)}; known are {', '.join(known)}."
                 " A plugin may bring it: see `xllm plugins list`"
             )
-        unfit = partial(unfit_model, architecture=architecture, device_kind=facts.kind)
+        query = ModelQuery(architecture=architecture, device_kind=facts.kind, config=config)
         choice = choose(
-            f"model.{architecture}", self.offers("model"), self.settings, unfit, need=f"{architecture} on {facts.kind}"
-        )
+            f"model.{architecture}", self.offers("model"), self.settings, partial(unfit_model, query=query),
+            need=f"{architecture} on {facts.kind}", query=query,
+        )  # fmt: skip
         target = choice.load()
         return choice, target() if isinstance(target, type) else target
 
@@ -218,59 +225,92 @@ class Resolver:
         return able[0], reason
 
     def layout(self, groups: Mapping[str, Mapping[str, Any]], facts: DeviceFacts, dtype: str) -> _Layout:
-        """Block size, KV layout and one kernel per group, chosen together: the first combination that serves every group."""
+        """Block size, KV layout, one kernel per group and the store that `[use]` names, chosen together, as they share one cache.
+
+        Of the combinations that serve all of them the one with the best-ranked kernels is taken, then the device's first.
+        """
         wanted = self.settings.kv.block_size
         if wanted is not None and facts.block_sizes and wanted not in facts.block_sizes:
             raise ConfigError(
                 f"[kv] block_size = {wanted}: {facts.name} takes {', '.join(map(str, facts.block_sizes))}"
             )
         sizes = (wanted,) if wanted is not None else facts.block_sizes or (_DEFAULT_BLOCK_SIZE,)
-        first_error: ResolutionError | None = None
-        for kv_layout in facts.kv_layouts:
-            for block_size in sizes:
-                geometry = {
-                    name: AttentionGeometry(block_size=block_size, dtype=dtype, layout=kv_layout, **entry)
-                    for name, entry in groups.items()
-                }
-                try:
-                    attention = {name: self.attention(name, entry, facts) for name, entry in geometry.items()}
-                except ResolutionError as error:
-                    first_error = first_error or error
-                    continue
-                return _Layout(block_size, kv_layout, geometry, attention)
-        raise first_error or ResolutionError(f"{facts.name} names no KV layout")
+        found: list[_Layout] = []
+        errors: list[ResolutionError] = []
+        for kv_layout, block_size in itertools.product(facts.kv_layouts, sizes):
+            geometry = {
+                name: AttentionGeometry(block_size=block_size, dtype=dtype, layout=kv_layout, **entry)
+                for name, entry in groups.items()
+            }
+            try:
+                attention = {name: self.attention(name, entry, facts) for name, entry in geometry.items()}
+                store = self.kv_store(KVStoreQuery(device_kind=facts.kind, kv_layout=kv_layout, block_size=block_size))
+                found.append(_Layout(block_size, kv_layout, geometry, attention, store))
+            except ResolutionError as error:
+                errors.append(error)
+        if not found:
+            raise self._no_layout(facts, sizes, groups, errors)
+        return min(found, key=self._rank)
+
+    def _rank(self, layout: _Layout) -> int:
+        """How far down the lists the kernels of a combination stand."""
+        total = 0
+        for group, choice in layout.attention.items():
+            ranked, _, _ = ranking(f"attention.{group}", self.offers("attention"), self.settings)
+            total += [offer.name for offer in ranked].index(choice.name)
+        return total
+
+    def _no_layout(
+        self, facts: DeviceFacts, sizes: Sequence[int], groups: Mapping[str, Any], errors: Sequence[ResolutionError]
+    ) -> ResolutionError:
+        """The reasons of the first combination, and what everybody offers if there were several, or a store stood in the way."""
+        if not errors:
+            return ResolutionError(f"{facts.name} names no KV layout")
+        store = self.settings.use.get("kv_store")
+        if len(errors) == 1 and store is None:
+            return errors[0]
+        lines = [
+            f"device {facts.name}: layouts {', '.join(facts.kv_layouts)}; block sizes {', '.join(map(str, sizes))}"
+        ]
+        lines += [kv_offers(f"kernel {offer.name}", offer.spec) for offer in self.offers("attention")]
+        if isinstance(store, str):
+            named = find_named(store, self.offers("kv_store"), "[use] kv_store")
+            lines.append(kv_offers(f"store {named.name}", named.spec))
+        text = f"no KV layout and block size serves everyone ({', '.join(groups)}). What is offered:"
+        return ResolutionError("\n  ".join([text, *lines, f"the first that was tried: {errors[0]}"]))
 
     def attention(self, group: str, geometry: AttentionGeometry, facts: DeviceFacts) -> Choice:
         """The kernel for one KV group."""
-        unfit = partial(unfit_attention, geometry=geometry, device_kind=facts.kind)
+        query = AttentionQuery(device_kind=facts.kind, geometry=geometry)
         return choose(
-            f"attention.{group}",
-            self.offers("attention"),
-            self.settings,
-            unfit,
-            need=describe_geometry(geometry, facts.kind),
-        )
+            f"attention.{group}", self.offers("attention"), self.settings, partial(unfit_attention, query=query),
+            need=describe_geometry(geometry, facts.kind), query=query,
+        )  # fmt: skip
 
     def op(self, name: str, facts: DeviceFacts, dtype: str) -> Choice:
         """The implementation of one op."""
         offers = [offer for offer in self.offers("op") if offer.spec.op == name]
-        unfit = partial(unfit_op, device_kind=facts.kind, dtype=dtype)
-        return choose(f"op.{name}", offers, self.settings, unfit, need=f"{name} on {facts.kind} in {dtype}")
+        query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
+        need = f"{name} on {facts.kind} in {dtype}"
+        return choose(f"op.{name}", offers, self.settings, partial(unfit_op, query=query), need=need, query=query)
 
     def sampler(self, facts: DeviceFacts) -> Choice:
         """The sampler for this device."""
-        unfit = partial(unfit_sampler, device_kind=facts.kind)
-        return choose("sampler", self.offers("sampler"), self.settings, unfit, need=f"device {facts.kind}")
+        query = SamplerQuery(device_kind=facts.kind)
+        unfit = partial(unfit_sampler, query=query)
+        return choose("sampler", self.offers("sampler"), self.settings, unfit, need=f"device {facts.kind}", query=query)
 
     def scheduler(self) -> Choice:
         """The policy."""
         return choose("scheduler", self.offers("scheduler"), self.settings, fits_anything, need="this engine")
 
-    def kv_store(self) -> Choice | None:
-        """The store that `[use]` names, or none."""
+    def kv_store(self, query: KVStoreQuery | None = None) -> Choice | None:
+        """The store that `[use]` names, or none. query: the blocks that it must hold; None: whatever it can."""
         if "kv_store" not in self.settings.use:
             return None
-        return choose("kv_store", self.offers("kv_store"), self.settings, fits_anything, need="this engine")
+        unfit = fits_anything if query is None else partial(unfit_store, query=query)
+        need = "this engine" if query is None else f"blocks of {query.block_size} tokens in layout {query.kv_layout}"
+        return choose("kv_store", self.offers("kv_store"), self.settings, unfit, need=need, query=query)
 
     def all_of(self, kind: str, *, is_default_all: bool) -> tuple[tuple[Choice, ...], tuple[tuple[str, str], ...]]:
         """Kinds of which several are active, and who was left out."""

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from xllm_core.config import Settings
 from xllm_core.config_sources import guess
 from xllm_core.errors import PluginConflictError, ResolutionError
-from xllm_core.plugins.contracts.attention import AttentionGeometry
+from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
 from xllm_core.plugins.manager import CORE, Offer, PluginManager
-from xllm_core.plugins.plan import Choice
+from xllm_core.plugins.plan import Choice, describe, load_target
 
 HOOK_OF_KIND = {
     "attention": "xllm_attention",
@@ -80,12 +80,13 @@ def choose(
     unfit: Callable[[Offer], str],
     *,
     need: str,
+    query: object = None,
     is_lazy: bool = False,
 ) -> Choice:
     """Choose one offer. Called at assembly only.
 
     kind: "attention.full"; `[use]` and `[prefer]` are looked up under it, then under "attention". unfit: why an offer cannot serve, or "".
-    need: what is looked for, for people. is_lazy: stop asking once one fits (probes cost time).
+    need: what is looked for, for people. query: what a spec's own `check` is asked. is_lazy: stop asking once one fits (probes cost time).
     Raises ResolutionError with every rejection, or for a pin that does not fit.
     """
     base = kind.partition(".")[0]
@@ -93,26 +94,18 @@ def choose(
     pin = settings.use.get(pin_kind)
     if isinstance(pin, str):
         offer = find_named(pin, offers, f"[use] {pin_kind}")
-        if reason := refusal(offer, unfit):
+        if reason := refusal(offer, unfit, query):
             raise ResolutionError(
                 f"[use] {pin_kind} = {pin!r} cannot serve {need}, and a pin never falls back", ((offer.name, reason),)
             )
         return chosen(offer, f"pinned by [use] {pin_kind}")
-    prefer_kind = kind if kind in settings.prefer else base
-    known = [offer.name for offer in offers]
-    order: list[str] = []
-    for name in settings.prefer.get(prefer_kind, ()):
-        if name in known or name in [
-            offer.spec.name for offer in offers
-        ]:  # a list for all ops holds names of other ops
-            order.append(find_named(name, offers, f"[prefer] {prefer_kind}").name)
-    ranked = sorted(offers, key=lambda offer: _order(offer, order))
+    ranked, order, prefer_kind = ranking(kind, offers, settings)
     fitting: list[Offer] = []
     rejected: list[tuple[str, str]] = []
     for offer in ranked:
         if is_lazy and fitting:
             rejected.append((offer.name, f"not asked: {fitting[0].name} comes first and answers"))
-        elif reason := refusal(offer, unfit):
+        elif reason := refusal(offer, unfit, query):
             rejected.append((offer.name, reason))
         else:
             fitting.append(offer)
@@ -120,6 +113,18 @@ def choose(
         raise ResolutionError(f"no {base} fits {need}; {len(offers)} offered", tuple(rejected))
     best, others = fitting[0], fitting[1:]
     return chosen(best, _reason(best, others, order, prefer_kind), [offer.name for offer in others], rejected)
+
+
+def ranking(kind: str, offers: Sequence[Offer], settings: Settings) -> tuple[list[Offer], list[str], str]:
+    """(offers, the best first; names that `[prefer]` puts first; the key of `[prefer]` that applies)."""
+    prefer_kind = kind if kind in settings.prefer else kind.partition(".")[0]
+    names = {name for offer in offers for name in (offer.name, offer.spec.name)}
+    order = [
+        find_named(name, offers, f"[prefer] {prefer_kind}").name
+        for name in settings.prefer.get(prefer_kind, ())
+        if name in names  # a list for all ops holds names of other ops
+    ]
+    return sorted(offers, key=lambda offer: _order(offer, order)), order, prefer_kind
 
 
 def choose_all(
@@ -161,10 +166,18 @@ def chosen(offer: Offer, reason: str, eligible: Iterable[str] = (), rejected: It
     )
 
 
-def refusal(offer: Offer, unfit: Callable[[Offer], str]) -> str:
-    """Why an offer cannot serve, or nothing: modules it requires first, as a probe may need them."""
+def refusal(offer: Offer, unfit: Callable[[Offer], str], query: object = None) -> str:
+    """Why an offer cannot serve, or nothing: modules it requires first, as a probe may need them; its own `check` last, as it runs code."""
     missing = [name for name in offer.spec.requires if not _is_findable(name)]
-    return f"needs module {_list(missing)}, not installed" if missing else unfit(offer)
+    if missing:
+        return f"needs module {_list(missing)}, not installed"
+    if (reason := unfit(offer)) or offer.spec.check is None:
+        return reason
+    try:
+        answer = load_target(offer.spec.check, owner=offer.name)(query)
+    except Exception as error:  # noqa: BLE001  whatever a plugin's check raises is the reason not to use the part
+        return f"its check failed: {describe(error)}"
+    return "" if answer is None else str(answer)
 
 
 def fits_anything(offer: Offer) -> str:
@@ -182,28 +195,37 @@ def probe_device(offer: Offer) -> str:
     return refusal(offer, unfit_device)
 
 
-def unfit_op(offer: Offer, *, device_kind: str, dtype: str) -> str:
+def unfit_op(offer: Offer, query: OpQuery) -> str:
     """Why an op offer cannot serve on this device in this dtype."""
-    return _reasons(device=(device_kind, offer.spec.devices), dtype=(dtype, offer.spec.dtypes))
+    return _reasons(device=(query.device_kind, offer.spec.devices), dtype=(query.dtype, offer.spec.dtypes))
 
 
-def unfit_sampler(offer: Offer, *, device_kind: str) -> str:
+def unfit_sampler(offer: Offer, query: SamplerQuery) -> str:
     """Why a sampler cannot serve on this device; no device named means any."""
-    return _reasons(device=(device_kind, offer.spec.devices)) if offer.spec.devices else ""
+    return _reasons(device=(query.device_kind, offer.spec.devices)) if offer.spec.devices else ""
 
 
-def unfit_model(offer: Offer, *, architecture: str, device_kind: str) -> str:
+def unfit_model(offer: Offer, query: ModelQuery) -> str:
     """Why a family cannot serve this architecture here."""
-    if architecture not in offer.spec.architectures:
+    if query.architecture not in offer.spec.architectures:
         return f"serves {_list(offer.spec.architectures)}"
-    return _reasons(device=(device_kind, offer.spec.devices)) if offer.spec.devices else ""
+    return _reasons(device=(query.device_kind, offer.spec.devices)) if offer.spec.devices else ""
 
 
-def unfit_attention(offer: Offer, *, geometry: AttentionGeometry, device_kind: str) -> str:
-    """Why a kernel cannot serve this geometry: what it does not declare is denied."""
+def unfit_store(offer: Offer, query: KVStoreQuery) -> str:
+    """Why a store cannot hold these blocks."""
     spec = offer.spec
+    return _reasons(
+        layout=(query.kv_layout, spec.layouts or {query.kv_layout}),
+        block_size=(query.block_size, spec.block_sizes or {query.block_size}),
+    )
+
+
+def unfit_attention(offer: Offer, query: AttentionQuery) -> str:
+    """Why a kernel cannot serve this geometry: what it does not declare is denied."""
+    spec, geometry = offer.spec, query.geometry
     reason = _reasons(
-        device=(device_kind, spec.devices),
+        device=(query.device_kind, spec.devices),
         dtype=(geometry.dtype, spec.dtypes),
         head_size=(geometry.head_size, spec.head_sizes or {geometry.head_size}),
         block_size=(geometry.block_size, spec.block_sizes or {geometry.block_size}),
@@ -211,6 +233,12 @@ def unfit_attention(offer: Offer, *, geometry: AttentionGeometry, device_kind: s
     )
     undeclared = [f"feature {name!r} not declared" for name in sorted(geometry.features - spec.features)]
     return "; ".join([*filter(None, [reason]), *undeclared])
+
+
+def kv_offers(what: str, spec: object) -> str:
+    """What a part offers of KV layouts and block sizes, for people. spec: anything with `layouts` and `block_sizes`."""
+    layouts, sizes = (", ".join(map(str, sorted(getattr(spec, name)))) or "any" for name in ("layouts", "block_sizes"))
+    return f"{what}: layouts {layouts}; block sizes {sizes}"
 
 
 def run_probe(target: str, *, timeout_s: float | None = None) -> str:

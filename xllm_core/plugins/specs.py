@@ -18,21 +18,25 @@ class Spec:
     """Common to all: `name` is unique within a plugin (users write `plugin/name`, or `name` where that is unambiguous).
 
     target: "module:attribute", a callable or class that builds the contract. rank: higher is preferred; the core's own parts have 0.
-    requires: modules that must be findable, else the spec is rejected with that reason.
+    requires: modules that must be findable, else the spec is rejected with that reason. check: "module:attribute", a function of the query
+    (`AttentionQuery`, `OpQuery`, ...; None for kinds that have none) that is asked last and returns why the part cannot serve, or None; an
+    exception is a reason too.
     """
 
     name: str
     target: str
     rank: int = 0
     requires: tuple[str, ...] = ()
+    check: str | None = None
     summary: str = ""
 
     def __post_init__(self) -> None:
         """Check the shape, and freeze sets and lists given for convenience; raises ValueError or TypeError that names the field."""
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits, '_', '-' and '.', and no '/'")
-        if not _TARGET.fullmatch(self.target):
-            raise ValueError(f"{self.name}: target {self.target!r} is not of the form 'package.module:attribute'")
+        for name, value in (("target", self.target), ("check", self.check)):
+            if value is not None and not _TARGET.fullmatch(value):
+                raise ValueError(f"{self.name}: {name} {value!r} is not of the form 'package.module:attribute'")
         for entry in fields(self):
             kind, value = str(entry.type).partition("[")[0], getattr(self, entry.name)
             if kind not in ("frozenset", "tuple"):
@@ -124,10 +128,12 @@ class LogitsProcessorSpec(Spec):
 class KVStoreSpec(Spec):
     """A place for KV blocks outside device memory. `target(config: Mapping, geometry: KVGeometry)` builds a `KVStore`.
 
-    scopes: "local" (this process), "shared" (this machine), "remote".
+    scopes: "local" (this process), "shared" (this machine), "remote". layouts, block_sizes: of the blocks that it can hold; empty means any.
     """
 
     scopes: frozenset[str] = frozenset({"local"})
+    layouts: frozenset[str] = frozenset()
+    block_sizes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
