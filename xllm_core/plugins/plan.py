@@ -6,7 +6,7 @@ import hashlib
 import json
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ class Choice:
     """One part that was chosen.
 
     name: "plugin/name". reason: why this one. eligible: others that would have served, best first. rejected: (name, reason).
+    options: what the spec adds to the arguments of its target.
     """
 
     name: str
@@ -67,6 +68,11 @@ class Choice:
     reason: str
     eligible: tuple[str, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, *arguments: Any) -> Any:
+        """Import the target and call it with these arguments and the options; raises PluginError, and what it raises."""
+        return self.load()(*arguments, **self.options)
 
     def load(self) -> Any:
         """Import the target; raises PluginError. Called when parts are built, never later."""
@@ -131,7 +137,7 @@ class AssemblyPlan:
                     "geometry": {key: AttentionGeometry(**entry) for key, entry in plain["geometry"].items()},
                 }
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PluginError(f"this is no plan of xllm-core {__version__}: {type(error).__name__}: {error}") from error
 
     @property

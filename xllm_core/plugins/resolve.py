@@ -117,6 +117,13 @@ def assemble(settings: Settings, manager: PluginManager) -> Assembly:
     return Assembly(plan, checkpoint, facts, family, shape, family.kv_groups(config, dtype))
 
 
+def load_family(choice: Choice) -> ModelFamily:
+    """The family behind a choice: its target, or an instance where that is a class."""
+    target = choice.load()
+    family: ModelFamily = target(**choice.options) if isinstance(target, type) else target
+    return family
+
+
 class Resolver:
     """The single choices, in the order in which each needs the one before. One per assembly."""
 
@@ -142,7 +149,7 @@ class Resolver:
             if not reason.startswith("not asked"):
                 _log.warning("device %s is not used: %s", name, reason)
         index = self.settings.device.index
-        backend = _ask(choice.name, f"build device {index}", partial(choice.load(), index))
+        backend = _ask(choice.name, f"build device {index}", partial(choice.build, index))
         facts = _ask(choice.name, "tell its facts", backend.facts)
         if not isinstance(facts, DeviceFacts) or not facts.dtypes:
             raise PluginError(
@@ -197,8 +204,7 @@ class Resolver:
             f"model.{architecture}", self.offers("model"), self.settings, partial(unfit_model, query=query),
             need=f"{architecture} on {facts.kind}", query=query,
         )  # fmt: skip
-        target = choice.load()
-        return choice, target() if isinstance(target, type) else target
+        return choice, load_family(choice)
 
     def dtype(self, config: Mapping[str, Any], facts: DeviceFacts, model: Choice) -> tuple[str, str]:
         """(dtype, why). "auto" takes the checkpoint's where device and family can, else the device's best, and says so."""
@@ -333,7 +339,7 @@ class Resolver:
             reason = refusal(offer, fits_anything)
             if not reason:
                 try:
-                    usable.append((offer, load_target(offer.spec.target, owner=offer.name)()))
+                    usable.append((offer, load_target(offer.spec.target, owner=offer.name)(**offer.spec.options)))
                     continue
                 except Exception as error:  # noqa: BLE001  another format may still open the model; the reason is logged and shown
                     reason = describe(error)

@@ -163,6 +163,7 @@ def chosen(offer: Offer, reason: str, eligible: Iterable[str] = (), rejected: It
         reason=reason,
         eligible=tuple(eligible),
         rejected=tuple(rejected),
+        options=offer.spec.options,
     )
 
 

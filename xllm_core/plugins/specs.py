@@ -5,9 +5,11 @@ Capabilities are data. What a spec does not declare is denied when something ask
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -20,7 +22,8 @@ class Spec:
     target: "module:attribute", a callable or class that builds the contract. rank: higher is preferred; the core's own parts have 0.
     requires: modules that must be findable, else the spec is rejected with that reason. check: "module:attribute", a function of the query
     (`AttentionQuery`, `OpQuery`, ...; None for kinds that have none) that is asked last and returns why the part cannot serve, or None; an
-    exception is a reason too.
+    exception is a reason too. options: keyword arguments of the target, such as the plugin's settings; they stand in the plan, so they are
+    plain data and no secrets.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Spec:
     rank: int = 0
     requires: tuple[str, ...] = ()
     check: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
 
     def __post_init__(self) -> None:
@@ -37,6 +41,10 @@ class Spec:
         for name, value in (("target", self.target), ("check", self.check)):
             if value is not None and not _TARGET.fullmatch(value):
                 raise ValueError(f"{self.name}: {name} {value!r} is not of the form 'package.module:attribute'")
+        try:
+            json.dumps(self.options)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{self.name}: options must be plain data: {error}") from error
         for entry in fields(self):
             kind, value = str(entry.type).partition("[")[0], getattr(self, entry.name)
             if kind not in ("frozenset", "tuple"):

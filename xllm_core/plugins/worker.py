@@ -15,7 +15,7 @@ from xllm_core import __version__
 from xllm_core.errors import PluginError
 from xllm_core.plugins.contracts.attention import AttentionGeometry
 from xllm_core.plugins.plan import MASKED, AssemblyPlan
-from xllm_core.plugins.resolve import Assembly
+from xllm_core.plugins.resolve import Assembly, load_family
 
 
 def load_plan(plain: Mapping[str, Any], plan_hash: str) -> AssemblyPlan:
@@ -31,12 +31,11 @@ def load_plan(plain: Mapping[str, Any], plan_hash: str) -> AssemblyPlan:
 
 def assembly_of(plan: AssemblyPlan) -> Assembly:
     """What the plan names, opened: device, checkpoint, family. Raises PluginError where this machine's family asks for other KV than the plan has."""
-    facts = plan.device.load()(plan.device_index).facts()
-    checkpoint = plan.weight_format.load()().open(Path(plan.model_path))
+    facts = plan.device.build(plan.device_index).facts()
+    checkpoint = plan.weight_format.build().open(Path(plan.model_path))
     if checkpoint is None:
         raise PluginError(f"{plan.weight_format.name} does not open {plan.model_path}, which the plan says it does")
-    target = plan.model.load()
-    family = target() if isinstance(target, type) else target
+    family = load_family(plan.model)
     config = checkpoint.config
     geometry = {
         name: AttentionGeometry(block_size=plan.block_size, dtype=plan.dtype, layout=plan.kv_layout, **entry)
