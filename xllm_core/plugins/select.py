@@ -9,7 +9,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
 from xllm_core.config import Settings
@@ -199,6 +199,26 @@ def probe_device(offer: Offer) -> str:
 def unfit_op(offer: Offer, query: OpQuery) -> str:
     """Why an op offer cannot serve on this device in this dtype."""
     return _reasons(device=(query.device_kind, offer.spec.devices), dtype=(query.dtype, offer.spec.dtypes))
+
+
+def unfit_fusion(
+    offer: Offer, query: OpQuery, ops: Mapping[str, Choice], offers: Sequence[Offer], settings: Settings
+) -> str:
+    """Why a fusion is not taken instead of the ops that were chosen. A pinned fusion gives way to nothing but another pin."""
+    if not settings.engine.fusions:
+        return "[engine] fusions = false"
+    if reason := unfit_op(offer, query):
+        return reason
+    ranks = {other.name: other.spec.rank for other in offers}
+    is_pinned = f"op.{query.op}" in settings.use
+    for name in offer.spec.replaces:
+        if (choice := ops.get(name)) is None:
+            return f"replaces {name!r}, which is no op of the core"
+        if f"op.{name}" in settings.use:
+            return f"replaces {name}, which [use] op.{name} pins to {choice.name}"
+        if ranks[choice.name] > offer.spec.rank and not is_pinned:
+            return f"rank {offer.spec.rank}; replaces {name}, for which {choice.name} has {ranks[choice.name]}"
+    return ""
 
 
 def unfit_sampler(offer: Offer, query: SamplerQuery) -> str:
