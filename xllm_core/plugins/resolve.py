@@ -36,6 +36,7 @@ from xllm_core.plugins.select import (
     kv_offers,
     ranking,
     refusal,
+    start_probes,
     unfit_attention,
     unfit_device,
     unfit_fusion,
@@ -148,7 +149,10 @@ class Resolver:
 
     def device(self) -> tuple[Choice, DeviceFacts]:
         """Accelerators whose probe answers, by rank; else the CPU. Why an accelerator is passed over is logged."""
-        choice = choose("device", self.offers("device"), self.settings, unfit_device, need="this machine", is_lazy=True)
+        offers = self.offers("device")
+        with start_probes(offers, self.settings) as probes:
+            unfit = partial(unfit_device, probes=probes)
+            choice = choose("device", offers, self.settings, unfit, need="this machine", is_lazy=True)
         for name, reason in choice.rejected:
             if not reason.startswith("not asked"):
                 _log.warning("device %s is not used: %s", name, reason)
