@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-import time
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
-from typing import IO
 
 TIMEOUT_S = 60.0
 
@@ -26,42 +23,21 @@ print("\\n" + json.dumps(probe()))
 """
 
 
-@dataclass(slots=True)
-class _Child:
-    process: subprocess.Popen[bytes]
-    started_s: float
-    stdout: IO[bytes]
-    stderr: IO[bytes]
-
-
 class Probes:
     """Probes that run. A context: on leaving it, those still running are killed."""
 
     def __init__(self, targets: Iterable[str] = (), *, timeout_s: float | None = None) -> None:
         """targets: "module:attribute", started now. timeout_s: for each, from its start."""
         self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
-        self._children = {target: _start(target) for target in targets}
-        self._answers: dict[str, str] = {}
+        self._children: dict[str, _Child] = {}
+        for target in targets:
+            self._children[target] = _Child(target, self._timeout_s)
 
     def answer(self, target: str) -> str:
         """Why the device is not usable, or "". Waits; starts the probe if it was not. A crash or a hang is a reason too."""
-        if target not in self._answers:
-            if target not in self._children:
-                self._children[target] = _start(target)
-            self._answers[target] = self._wait(self._children[target])
-        return self._answers[target]
-
-    def _wait(self, child: _Child) -> str:
-        try:
-            status = child.process.wait(max(0.0, child.started_s + self._timeout_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return f"its probe did not answer within {self._timeout_s:g} s"
-        stdout, stderr = _text(child.stdout), _text(child.stderr)
-        if status != 0:
-            ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            return f"its probe {ended}: {(stderr.splitlines() or ['no message'])[-1]}"
-        answer = json.loads(stdout.splitlines()[-1])
-        return "" if answer is None else str(answer)
+        if target not in self._children:
+            self._children[target] = _Child(target, self._timeout_s)
+        return self._children[target].answer()
 
     def __enter__(self) -> Probes:
         return self
@@ -70,20 +46,43 @@ class Probes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for child in self._children.values():
-            if child.process.poll() is None:
-                child.process.kill()
-            child.process.wait()
-            child.stdout.close()
-            child.stderr.close()
+            child.end()
 
 
-def _start(target: str) -> _Child:
-    stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
-    command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), target]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
-    return _Child(process, time.monotonic(), stdout, stderr)
+class _Child:
+    """One probe. A thread of its own reads what it says, as it comes, and sees its end at once."""
 
+    def __init__(self, target: str, timeout_s: float) -> None:
+        command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), target]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace"
+        )
+        self._reason = ""
+        self._thread = threading.Thread(target=self._read, args=(timeout_s,), daemon=True)
+        self._thread.start()
 
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace").strip()
+    def answer(self) -> str:
+        self._thread.join()
+        return self._reason
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._thread.join()
+
+    def _read(self, timeout_s: float) -> None:
+        try:
+            stdout, stderr = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            self._reason = f"its probe did not answer within {timeout_s:g} s"
+            return
+        status = self._process.returncode
+        if status != 0:
+            ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            self._reason = f"its probe {ended}: {(stderr.strip().splitlines() or ['no message'])[-1]}"
+            return
+        answer = json.loads(stdout.strip().splitlines()[-1])
+        self._reason = "" if answer is None else str(answer)
