@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 CORE_OPS = ("linear", "embedding", "rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "block_copy")
 
+REFERENCE_OPS = {
+    op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}" for op in CORE_OPS
+}
+"""Targets of the definitions. They compute with torch on whatever device their tensors are: a new device offers them until it has its own."""
+
+REFERENCE_ATTENTION = "xllm_core.reference.attention:ReferenceAttention"
+"""Target of the reference kernel; layout "BSGD", features "sliding_window" and "soft_cap". It lays steps out on the host: CPUs only."""
+
 
 class LinearOp(Protocol):
     """x @ weight.T + bias, with a chance to lay the weight out once."""
