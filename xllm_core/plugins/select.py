@@ -169,7 +169,7 @@ def chosen(offer: Offer, reason: str, eligible: Iterable[str] = (), rejected: It
 
 def refusal(offer: Offer, unfit: Callable[[Offer], str], query: object = None) -> str:
     """Why an offer cannot serve, or nothing: modules it requires first, as a probe may need them; its own `check` last, as it runs code."""
-    missing = [name for name in offer.spec.requires if not _is_findable(name)]
+    missing = [name for name in offer.spec.requires if not is_findable(name)]
     if missing:
         return f"needs module {_list(missing)}, not installed"
     if (reason := unfit(offer)) or offer.spec.check is None:
@@ -298,7 +298,8 @@ def _list(names: Iterable[object]) -> str:
     return ", ".join(sorted(str(name) for name in names)) or "nothing"
 
 
-def _is_findable(module: str) -> bool:
+def is_findable(module: str) -> bool:
+    """Whether a module could be imported; a submodule's package is imported to know."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package above it is missing
