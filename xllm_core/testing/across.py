@@ -21,7 +21,9 @@ def compare_with_reference(
     try:
         mine.begin()
         truth.begin()
-        return truth.judge("tokens of the reference", Outcome(mine.baseline, len(mine.baseline), "sequences"), MARGINS[dtype])
+        return truth.judge(
+            "tokens of the reference", Outcome(mine.baseline, len(mine.baseline), "sequences"), MARGINS[dtype]
+        )
     finally:
         mine.close()
         truth.close()

@@ -128,13 +128,17 @@ def _kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
 def _block_copy(draw: Draw, tokens: int) -> Iterable[Call]:
     order, caches = draw.order(9), _caches(draw, 9)
     yield Call((caches, order[:4], order[4:8]), changed=0, by_row=())
-    yield Call((caches, order[:3], order[1:4]), changed=0, by_row=())  # sources are read before any destination is written
+    yield Call(
+        (caches, order[:3], order[1:4]), changed=0, by_row=()
+    )  # sources are read before any destination is written
 
 
 def _linear_silu_mul(draw: Draw, tokens: int) -> Iterable[Call]:
     for in_features, inner, has_bias in ((64, 48, False), (33, 7, True), (256, 130, True)):
         bias = draw(2 * inner) if has_bias else None
-        yield Call((draw(tokens, in_features, spread=in_features**-0.5),), prepared=(draw(2 * inner, in_features), bias))
+        yield Call(
+            (draw(tokens, in_features, spread=in_features**-0.5),), prepared=(draw(2 * inner, in_features), bias)
+        )
 
 
 def _rope_kv_write(draw: Draw, tokens: int) -> Iterable[Call]:

@@ -120,7 +120,11 @@ def test_features_change_no_token(part: Part, device: DeviceBackend, xllm_kit: K
     use = {**subject.pins(), "device": part.offer.name}
     for dtype in device.facts().dtypes:
         report = Verifier(_tiny_model(tmp_path), dtype=dtype, scale=QUICK, use=use, **settings).run()
-        wrong = [f"{row.feature}: {row.differences or f'activity {row.activity}'}" for row in report.rows if not row.has_passed]
+        wrong = [
+            f"{row.feature}: {row.differences or f'activity {row.activity}'}"
+            for row in report.rows
+            if not row.has_passed
+        ]
         assert report.has_passed, f"{dtype}: " + "; ".join(wrong)
 
 
