@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.rig import VOCAB, Rig, request
+from xllm_core.testing.engine_rig import VOCAB, Rig, request
 from tests.engine.test_engine_properties import workload
 from xllm_core.engine.build import plans_in_flight
 from xllm_core.engine.metrics import early_share

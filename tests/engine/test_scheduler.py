@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.rig import VOCAB, Rig, geometry, request
+from xllm_core.testing.engine_rig import VOCAB, Rig, geometry, request
 from xllm_core.engine.engine import Engine
 from xllm_core.engine.executor import InProcessExecutor
 from xllm_core.engine.policy import Fcfs, Priority

@@ -135,7 +135,9 @@ def test_a_spec_may_ask_itself() -> None:
     assert rejected["p/broken"].startswith("its check failed: KeyError: 'x'")
     assert rejected["p/gone"].startswith("its check failed: ") and "nothing_here" in rejected["p/gone"]
     assert rejected["p/elsewhere"] == "block_size 16 not in 1"
-    assert [type(query).__name__ for query in ASKED] == ["AttentionQuery"] * len(ASKED) and ASKED[0].device_kind == "board"
+    assert [type(query).__name__ for query in ASKED] == ["AttentionQuery"] * len(ASKED) and ASKED[
+        0
+    ].device_kind == "board"
     with pytest.raises(AttributeError):
         ASKED[0].device_kind = "other"
 
@@ -160,9 +162,7 @@ class Tuned:
 def test_options_reach_the_target_and_stand_in_the_plan() -> None:
     """So that a part is configured wherever it is built. Dies if they are dropped on the way from spec to choice."""
     spec = SchedulerSpec(name="tuned", target=f"{HERE}:Tuned", options={"weight": 0.5, "names": ["a"]})
-    module = SimpleNamespace(
-        __name__="m", xllm_plugin=PluginInfo(id="p"), xllm_schedulers=hookimpl(lambda: [spec])
-    )
+    module = SimpleNamespace(__name__="m", xllm_plugin=PluginInfo(id="p"), xllm_schedulers=hookimpl(lambda: [spec]))
     settings = Settings(use={"scheduler": "p/tuned"})
     choice = Resolver(settings, PluginManager.discover(settings, extra=[module])).scheduler()
     built = choice.build()

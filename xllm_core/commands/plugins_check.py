@@ -13,12 +13,29 @@ from xllm_core.testing.report import ComponentReport, ConformanceReport
 @click.command("check")
 @click.argument("plugin_id", metavar="ID")
 @click.option("--require-device", is_flag=True, help="A device that is missing here is a failure, not a skip.")
-@click.option("--report", "report_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write what was proven, as JSON.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what was proven, as JSON.",
+)
 @click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as pytest's -k.")
-@click.option("--config", "config", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE", help="Settings file; default ./xllm.toml.")
+@click.option(
+    "--config",
+    "config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Settings file; default ./xllm.toml.",
+)
 @click.option("--verbose", is_flag=True, help="Show every test.")
 def command(
-    plugin_id: str, require_device: bool, report_path: Path | None, expression: str | None, config: Path | None, verbose: bool
+    plugin_id: str,
+    require_device: bool,
+    report_path: Path | None,
+    expression: str | None,
+    config: Path | None,
+    verbose: bool,
 ) -> None:
     """Run the conformance kit on everything that a plugin offers, in a process of its own.
 

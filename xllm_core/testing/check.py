@@ -44,7 +44,9 @@ def run_kit(
         paths = [entry or os.getcwd() for entry in sys.path]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        environment.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for a busy core cost a hundred times the work here
+        environment.setdefault(
+            "OMP_WAIT_POLICY", "passive"
+        )  # threads that spin for a busy core cost a hundred times the work here
         done = subprocess.run(
             [*command, *arguments], env=environment, text=True, check=False,
             stdout=None if shows_progress else subprocess.PIPE, stderr=None if shows_progress else subprocess.STDOUT,

@@ -57,7 +57,7 @@ def sources(module: str) -> list[Path]:
 
 
 def private_imports(path: Path, door: Sequence[str]) -> Iterator[str]:
-    """"LINE imports NAME" for each import of something of the core that is not public. door: names of `xllm_core` itself."""
+    """ "LINE imports NAME" for each import of something of the core that is not public. door: names of `xllm_core` itself."""
     is_test = path.name.startswith(("test_", "conftest")) or "tests" in path.parts
     allowed = (*PUBLIC, PUBLIC_IN_TESTS) if is_test else PUBLIC
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
@@ -75,17 +75,27 @@ def private_imports(path: Path, door: Sequence[str]) -> Iterator[str]:
 
 def find_tampering(targets: Sequence[str]) -> list[str]:
     """Names of the core or of torch that importing these targets binds to something else. Raises RuntimeError if they cannot be imported."""
-    answer: list[str] = json.loads(_child(["-m", "xllm_core.testing.imports", "tamper"], json.dumps(list(targets))).splitlines()[-1])
+    answer: list[str] = json.loads(
+        _child(["-m", "xllm_core.testing.imports", "tamper"], json.dumps(list(targets))).splitlines()[-1]
+    )
     return answer
 
 
 def _child(arguments: Sequence[str], stdin: str = "") -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     done = subprocess.run(
-        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, timeout=_MAX_SECONDS, env=environment, check=False
+        [sys.executable, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=_MAX_SECONDS,
+        env=environment,
+        check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"it ended with status {done.returncode}: {'; '.join(done.stderr.strip().splitlines()[-3:])}")
+        raise RuntimeError(
+            f"it ended with status {done.returncode}: {'; '.join(done.stderr.strip().splitlines()[-3:])}"
+        )
     return done.stdout
 
 
@@ -125,7 +135,11 @@ def _tamper_child() -> None:
 
 def _counts(key: tuple[str, str], value: Any) -> bool:
     """Torch keeps counters and fills in what was None; of it only functions, classes and modules must stay. Of the core everything."""
-    return key[0].partition(".")[0] == "xllm_core" or callable(value) or isinstance(value, ModuleType | property | classmethod | staticmethod)
+    return (
+        key[0].partition(".")[0] == "xllm_core"
+        or callable(value)
+        or isinstance(value, ModuleType | property | classmethod | staticmethod)
+    )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,10 @@ def edge_rows(block_size: int) -> Rows:
     lengths = sorted({1, 2, max(1, size - 1), size, size + 1, 2 * size, 3 * size - 1, 4 * size + 1})
     decode = [(1, length) for length in lengths]
     whole = [(length, length) for length in (2, size, size + 1)]
-    chunks = [(min(length, 3), length) for length in (size + 1, 2 * size + 1)] + [(size, 2 * size), (size + 1, 3 * size)]
+    chunks = [(min(length, 3), length) for length in (size + 1, 2 * size + 1)] + [
+        (size, 2 * size),
+        (size + 1, 3 * size),
+    ]
     mixed = [row for three in zip(decode, whole + chunks, strict=False) for row in three]
     return [*mixed, (1, 5 * size)]
 

@@ -74,7 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("xllm", "conformance of an xLLM plugin")
     group.addoption("--xllm-plugin", metavar="ID", default=None, help=f"Plugin to test; also {VARIABLE}=ID.")
     group.addoption("--xllm-config", metavar="FILE", default=None, help="Settings file (xllm.toml) to load it with.")
-    group.addoption("--xllm-require-device", action="store_true", help="A device that is missing here fails instead of being skipped.")
+    group.addoption(
+        "--xllm-require-device",
+        action="store_true",
+        help="A device that is missing here fails instead of being skipped.",
+    )
     group.addoption("--xllm-report", metavar="FILE", default=None, help="Write what was proven to this file, as JSON.")
 
 

@@ -78,7 +78,9 @@ class Recorder:
 
 def _is_empty(item: pytest.Item) -> bool:
     """A test that was parametrised with nothing."""
-    return any(str(mark.kwargs.get("reason", "")).startswith("got empty parameter set") for mark in item.iter_markers("skip"))
+    return any(
+        str(mark.kwargs.get("reason", "")).startswith("got empty parameter set") for mark in item.iter_markers("skip")
+    )
 
 
 def _crash_line(report: pytest.TestReport) -> str:

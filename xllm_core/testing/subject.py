@@ -10,14 +10,18 @@ from xllm_core.config import Settings
 from xllm_core.config_secrets import reveal
 from xllm_core.config_sources import guess
 from xllm_core.errors import PluginError
+from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.manager import Offer, PluginManager, PluginRecord
-from xllm_core.plugins.plan import describe
+from xllm_core.plugins.plan import Choice, describe
+from xllm_core.plugins.resolve import Resolver
 from xllm_core.plugins.select import HOOK_OF_KIND, chosen, is_findable, probe_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from xllm_core.plugins.contracts.attention import AttentionGeometry
     from xllm_core.plugins.contracts.device import DeviceBackend
+    from xllm_core.testing.model_harness import Machine
 
 KINDS = {**HOOK_OF_KIND, "command": "xllm_cli"}
 """Kind -> the hook that offers it."""
@@ -99,6 +103,38 @@ class Subject:
             elif found.facts().kind in wanted:
                 return found
         return f"no device of kind {' or '.join(sorted(wanted))} here" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+    def pins(self) -> dict[str, Any]:
+        """`[use]` as the settings give it."""
+        return dict(self.settings.use)
+
+    def choose_ops(self, device: DeviceBackend, dtype: str) -> dict[str, Choice]:
+        """An implementation of every core op for a device, as assembly would choose them. Raises ResolutionError."""
+        resolver = Resolver(self.settings, self.manager)
+        return {name: resolver.op(name, device.facts(), dtype) for name in CORE_OPS}
+
+    def choose_attention(self, device: DeviceBackend, geometry: AttentionGeometry) -> Choice:
+        """The kernel that assembly would choose. Raises ResolutionError."""
+        return Resolver(self.settings, self.manager).attention("full", geometry, device.facts())
+
+    def choose_sampler(self, device: DeviceBackend) -> Choice:
+        """The sampler that assembly would choose. Raises ResolutionError."""
+        return Resolver(self.settings, self.manager).sampler(device.facts())
+
+    def common_geometry(self, device: DeviceBackend, dtype: str) -> AttentionGeometry:
+        """The joint choice of layout and block size for heads as most models have them. Raises ResolutionError."""
+        heads = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "scale": 128**-0.5}
+        return Resolver(self.settings, self.manager).layout({"full": heads}, device.facts(), dtype).geometry["full"]
+
+    def machine(self, device: DeviceBackend, dtype: str) -> Machine:
+        """A device with the ops and kernels that assembly would choose, for models driven by hand."""
+        from xllm_core.testing.model_harness import Machine
+        from xllm_core.testing.paged import POISON
+
+        ops = {name: choice.build(device) for name, choice in self.choose_ops(device, dtype).items()}
+        layout = self.common_geometry(device, dtype).layout
+        kernel = lambda backend, geometry: self.choose_attention(backend, geometry).build(backend, geometry)  # noqa: E731
+        return Machine(device, ops, kernel, layout, POISON)
 
     def devices_used(self) -> dict[str, str]:
         """Kind -> name of every device that was built."""

@@ -55,7 +55,9 @@ class Case:
 
     def __str__(self) -> str:
         features = [f"{name.removeprefix('sliding_')}={value:g}" for name, value in self.features]
-        return "-".join([self.part.offer.name, self.dtype, f"D{self.head_size}", f"S{self.block_size}", self.layout, *features])
+        return "-".join(
+            [self.part.offer.name, self.dtype, f"D{self.head_size}", f"S{self.block_size}", self.layout, *features]
+        )
 
 
 def grid(part: Part, block_sizes: tuple[int, ...]) -> Iterator[Case]:
@@ -168,7 +170,9 @@ def test_undeclared_is_refused(part: Part) -> None:
     wrong += [] if "soft_cap" in spec.features else [replace(fits, soft_cap=30.0)]
     for geometry in wrong:
         query = AttentionQuery(device_kind=kind, geometry=geometry)
-        assert unfit_attention(part.offer, query), f"{part.offer.name} is taken for {geometry}, which it does not declare"
+        assert unfit_attention(part.offer, query), (
+            f"{part.offer.name} is taken for {geometry}, which it does not declare"
+        )
     assert unfit_attention(part.offer, AttentionQuery(device_kind="unheard-of", geometry=fits))
 
 

@@ -45,7 +45,9 @@ def test_it_loads(xllm_kit: Kit) -> None:
 def test_importing_it_is_light(module: str) -> None:
     """Importing the plugin's module loads nothing but the standard library, xllm_core.plugins and its own package."""
     heavy = loaded_by(module)
-    assert not heavy, f"importing {module} loads {', '.join(sorted({name.partition('.')[0] for name in heavy}))}: every start pays for it"
+    assert not heavy, (
+        f"importing {module} loads {', '.join(sorted({name.partition('.')[0] for name in heavy}))}: every start pays for it"
+    )
 
 
 def test_it_uses_the_public_surface(module: str, xllm_kit: Kit) -> None:
@@ -63,7 +65,9 @@ def test_targets_resolve(part: Part, xllm_kit: Kit) -> None:
     xllm_kit.importable(part)
     for target in _targets(part):
         value = load_target(target, owner=part.offer.name)
-        assert callable(value) or part.kind in ("command", "model"), f"{target} is a {type(value).__name__}, and will be called"
+        assert callable(value) or part.kind in ("command", "model"), (
+            f"{target} is a {type(value).__name__}, and will be called"
+        )
 
 
 def test_loading_twice_is_harmless(xllm_kit: Kit) -> None:
@@ -84,7 +88,9 @@ def test_settings_have_a_model(xllm_kit: Kit, module: str) -> None:
         pytest.skip("it takes no settings")
     model = load_target(config, owner=xllm_kit.plugin_id)
     assert isinstance(model, type) and issubclass(model, BaseModel), f"{config} is no pydantic model"
-    assert model.model_config.get("extra") == "forbid", f"{config} accepts unknown keys, so a misspelt one would be ignored"
+    assert model.model_config.get("extra") == "forbid", (
+        f"{config} accepts unknown keys, so a misspelt one would be ignored"
+    )
     assert model.model_json_schema()["type"] == "object"
 
 
