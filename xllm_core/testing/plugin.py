@@ -92,6 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
         plugin_id, config=config.getoption("--xllm-config"), requires_device=config.getoption("--xllm-require-device")
     )
     config.stash[KIT] = kit
+    config.addinivalue_line("markers", "spec_only: reads what a part declares and runs nothing of it")
+    assert kit.subject.record  # an id that is not installed is a wrong command line
     from xllm_core.testing.recorder import Recorder
 
     config.pluginmanager.register(Recorder(kit, config.getoption("--xllm-report")), "xllm-recorder")

@@ -23,7 +23,7 @@ class Recorder:
     def __init__(self, kit: Kit, path: str | None) -> None:
         self._kit = kit
         self._path = Path(path) if path else None
-        self._cases: dict[str, tuple[str, str]] = {}  # node id -> (component, sentence)
+        self._cases: dict[str, tuple[str, str, bool]] = {}  # node id -> (component, sentence, whether it runs the part)
         self.report = ConformanceReport(kit.plugin_id, core_version=__version__, api_version=API_VERSION)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -35,19 +35,22 @@ class Recorder:
                 is_static = item.module.__name__.endswith(".test_static")  # says nothing of what a part does
                 components = [value.component for value in parameters if hasattr(value, "component") and not is_static]
                 sentence = (item.function.__doc__ or item.name).strip().splitlines()[0]
-                self._cases[item.nodeid] = (components[0] if components else STATIC, sentence)
+                is_run = not is_static and item.get_closest_marker("spec_only") is None
+                self._cases[item.nodeid] = (components[0] if components else STATIC, sentence, is_run)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of a case has ended."""
         if report.nodeid not in self._cases or (report.when != "call" and report.passed):
             return
-        component, sentence = self._cases[report.nodeid]
+        component, sentence, is_run = self._cases[report.nodeid]
         reason = ""
         if report.skipped and isinstance(report.longrepr, tuple):
             reason = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             reason = _crash_line(report)
-        self.report.component(component).record(report.outcome, report.nodeid.split("::", 1)[-1], sentence, reason)
+        self.report.component(component).record(
+            report.outcome, report.nodeid.split("::", 1)[-1], sentence, reason, is_run=is_run
+        )
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -86,5 +89,7 @@ def _is_empty(item: pytest.Item) -> bool:
 def _crash_line(report: pytest.TestReport) -> str:
     """What went wrong, without the way there."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash is not None else str(report.longrepr)
+    text = str(crash.message if crash is not None else report.longrepr)
+    head, _, _ = text.partition("\nassert ")  # what pytest adds on the values compared
+    text = head if head != text and not text.startswith("assert ") else text
     return text if len(text) <= 2000 else f"{text[:2000]} ..."

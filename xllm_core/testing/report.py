@@ -18,20 +18,22 @@ STATIC = "static"
 class ComponentReport:
     """One part of a plugin ("attention core/paged"), or `STATIC`.
 
-    proven: sentence -> number of cases that showed it. failures: test -> why. skips: reason -> number of cases.
+    ran: cases that passed or failed and ran the part, rather than read what it declares. proven: sentence -> number of cases that showed it. failures: test -> why. skips: reason -> number of cases.
     """
 
     name: str
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    ran: int = 0
     proven: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     skips: dict[str, int] = field(default_factory=dict)
 
-    def record(self, outcome: str, test: str, what: str, reason: str) -> None:
+    def record(self, outcome: str, test: str, what: str, reason: str, *, is_run: bool = True) -> None:
         """Count one case. outcome: "passed", "failed" or "skipped"; what: the sentence that it shows."""
         setattr(self, outcome, getattr(self, outcome) + 1)
+        self.ran += is_run and outcome != "skipped"
         if outcome == "passed":
             self.proven[what] = self.proven.get(what, 0) + 1
         elif outcome == "failed":
@@ -108,7 +110,7 @@ class ConformanceReport:
     def judge(self) -> None:
         """Set `problem` where nothing failed and yet nothing of what the plugin offers was proven."""
         parts = [component for component in self.components if component.name != STATIC]
-        ran = sum(component.passed + component.failed for component in parts)
+        ran = sum(component.ran for component in parts)
         skipped = sum(component.skipped for component in parts)
         if self.passed + self.failed == 0:
             self.problem = "no test ran, so nothing is proven"

@@ -1,4 +1,4 @@
-"""Device backends: facts, memory, copies; that a model finds everything it asks for; and an engine on it that gives the same tokens whatever is on."""
+"""Device backends: facts, memory, copies; a model finds all that it asks for; an engine says the same whatever is switched on."""
 
 from __future__ import annotations
 

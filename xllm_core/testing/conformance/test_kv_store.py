@@ -155,7 +155,11 @@ def test_a_slow_device_blocks_no_call(case: Case, bench: StoreBench) -> None:
     """While a copy does not end, lookup, wants, planned, start and poll return at once."""
     keys, more = keys_for(bench, "slow", 2), keys_for(bench, "slow too", 2)
     gate = threading.Event()
-    bench.view.reading = lambda: None if gate.wait(60) else None
+
+    def wait() -> None:
+        gate.wait(60)
+
+    bench.view.reading = wait
     try:
         first = bench.begin(keys, [1, 2], FULL, is_load=False)
         for _ in range(3):
@@ -251,6 +255,7 @@ def _need(case: Case, peer: Any) -> None:
         pytest.skip("nobody says how to kill and restart its peer; define the fixture xllm_store_peer")
 
 
+@pytest.mark.spec_only
 def test_undeclared_is_refused(part: Part) -> None:
     """Layouts and block sizes that it does not declare are refused before anything is imported."""
     spec = part.spec

@@ -173,6 +173,7 @@ def _first(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return tensor[:count]
 
 
+@pytest.mark.spec_only
 def test_its_name_means_something(part: Part) -> None:
     """The op is one that the core defines, or a fusion of such."""
     from xllm_core.testing.op_inputs import known_fusions
@@ -193,6 +194,7 @@ def test_its_name_means_something(part: Part) -> None:
     assert not unknown, f"{spec.op!r} replaces {', '.join(unknown)}, which nobody defines"
 
 
+@pytest.mark.spec_only
 def test_undeclared_is_refused(part: Part) -> None:
     """Another device or dtype than declared is refused before anything is imported."""
     spec = part.spec
