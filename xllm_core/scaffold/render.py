@@ -74,7 +74,9 @@ def render(kind: str, names: Names, *, description: str = "", author: str = "") 
     """Path in the project -> contents, in the order of paths. kind: a key of `KINDS`."""
     if kind not in KINDS:
         raise ConfigError(f"there is no kind {kind!r}; kinds are {', '.join(KINDS)}")
-    description = " ".join(description.split()) or f"{KINDS[kind][0].upper()}{KINDS[kind][1:].partition(':')[0]} for xLLM"
+    description = (
+        " ".join(description.split()) or f"{KINDS[kind][0].upper()}{KINDS[kind][1:].partition(':')[0]} for xLLM"
+    )
     author = " ".join(author.split())
     values = {
         "id": names.id,
