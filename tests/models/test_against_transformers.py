@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_models import load_oracle
-from tests.models.harness import Harness
 from xllm_core.models.llama import Llama, Mistral
 from xllm_core.models.qwen import Qwen2, Qwen3
 from xllm_core.plugins.contracts.model import ModelFamily
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
+from xllm_core.testing.model_harness import Harness
 
 FAMILIES: dict[str, type] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
 LENGTH, PREFILL = 41, 29
