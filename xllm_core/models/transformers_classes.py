@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Embedding, Linear, Module, Parameter
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xllm_core.errors import ModelFormatError
@@ -43,6 +45,10 @@ class Mask:
 
     def __init__(self, sees: Callable[..., torch.Tensor]) -> None:
         self.sees = sees
+
+    def __getattr__(self, name: str) -> Any:
+        """A layer that computes with its mask knows more of it than a kernel can."""
+        raise AttributeError(f"it computes with its attention mask ({name})")
 
 
 def _describe_mask(*args: Any, mask_function: Callable[..., torch.Tensor], **kwargs: Any) -> Mask:
@@ -79,8 +85,8 @@ def find_class(config: Mapping[str, Any]) -> tuple[Any, type[Any]]:
         raise refused(config, f"transformers refuses this configuration: {type(error).__name__}: {error}") from error
     if getattr(read, "is_encoder_decoder", False):
         raise refused(config, f"{architecture} is an encoder with a decoder; only decoders are served")
-    if read.get_text_config() is not read:
-        raise refused(config, f"{architecture} reads more than text (its text_config is a part); only text decoders are served")
+    if read.get_text_config() is not read or read.sub_configs:
+        raise refused(config, f"{architecture} reads more than text (it is made of {', '.join(read.sub_configs)}); only text decoders are served")
     if type(read) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise refused(config, f"transformers has no causal language model of model_type {kind!r}; only decoders are served")
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(read)]
@@ -102,11 +108,42 @@ def build_class(config: Mapping[str, Any], implementation: str, dtype: torch.dty
             model = found._from_config(read, dtype=dtype, attn_implementation=implementation).eval()
     except Exception as error:
         raise refused(config, f"transformers cannot build it: {type(error).__name__}: {error}") from error
-    if transforms := get_model_conversion_mapping(model, add_legacy=False):
-        raise refused(
-            config, f"{found.__name__}'s checkpoints are stored otherwise than its class is built ({len(transforms)} conversions)"
-        )
     return model
+
+
+class Source(NamedTuple):
+    """A tensor of a checkpoint, and the rows of a parameter (its first dimensions as one) that it fills; None for all of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None
+
+
+def sources_of(config: Mapping[str, Any], model: Any) -> dict[str, list[Source]]:
+    """Where each weight of a built class stands in a checkpoint: transformers renames some, and stacks those of experts.
+
+    Its own way back, as it goes when it saves, is run on row numbers instead of weights. Raises ModelFormatError where rows are torn apart.
+    """
+    found: dict[str, list[Source]] = {}
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False) or None
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        head = shape[:-1] if len(shape) > 1 else shape
+        # A column of numbers for a table, so that what mixes columns is seen as well.
+        numbers = torch.arange(torch.Size(head).numel(), dtype=torch.float64).view((*head, 1) if len(shape) > 1 else head)
+        try:
+            parts = revert_weight_conversion(model, {name: numbers})
+        except Exception as error:
+            raise refused(config, f"{name} is not saved by itself: {type(error).__name__}: {error}") from error
+        found[name] = []
+        for source, rows in parts.items():
+            flat = rows.reshape(-1)
+            first, count = int(flat[0]) if len(flat) else 0, len(flat)
+            if not torch.equal(flat, torch.arange(first, first + count, dtype=flat.dtype)) or (len(shape) > 1 and rows.shape[-1] != 1):
+                raise refused(config, f"{source} holds {name} in another order than its class computes with")
+            own = (*rows.shape[:-1], shape[-1]) if len(shape) > 1 else tuple(rows.shape)
+            found[name].append(Source(source, own, None if own == shape else (first, count)))
+    return found
 
 
 def layers_of(config: Mapping[str, Any], model: Any) -> tuple[str, Module]:
@@ -143,10 +180,13 @@ class _PartsEmbedding(Embedding):
 
 
 class Installer:
-    """Puts `Parts` in the place of a built class's weights: maps and tables by their own calls, everything else as parameters."""
+    """Puts `Parts` in the place of a built class's weights: maps and tables by their own calls, everything else as parameters.
 
-    def __init__(self, config: Mapping[str, Any], model: Any, layers: str) -> None:
-        self._config, self._model, self._layers = config, model, f"{layers}."
+    flat: parameters of more than two dimensions that are filled by rows, so that their first dimensions are asked for as one.
+    """
+
+    def __init__(self, config: Mapping[str, Any], model: Any, layers: str, flat: AbstractSet[str]) -> None:
+        self._config, self._model, self._layers, self._flat = config, model, f"{layers}.", flat
         self._input, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         if not isinstance(self._input, Embedding) or type(self._output) is not Linear:
             raise refused(config, "its embedding is no table, or its head no linear map")
@@ -194,7 +234,9 @@ class Installer:
             prefix = f"{name}." if name else ""
             for own, tensor in list(module._parameters.items()):
                 if tensor is not None:
-                    setattr(module, own, Parameter(parts.parameter(f"{prefix}{own}", tuple(tensor.shape)), requires_grad=False))
+                    shape = tuple(tensor.shape)
+                    asked = (torch.Size(shape[:-1]).numel(), shape[-1]) if f"{prefix}{own}" in self._flat else shape
+                    setattr(module, own, Parameter(parts.parameter(f"{prefix}{own}", asked).view(shape), requires_grad=False))
             for own, tensor in list(module._buffers.items()):
                 if tensor is not None and own not in module._non_persistent_buffers_set:
                     if not tensor.is_floating_point():

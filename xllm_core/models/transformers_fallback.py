@@ -130,7 +130,7 @@ class _Decoder:
         model = build_class(config, PAGED, parts.dtype)
         name, layers = layers_of(config, model)
         fill_buffers(config, model, parts.torch_device, list(model.modules()))
-        Installer(config, model, name).install(parts, parts)
+        Installer(config, model, name, facts.flat).install(parts, parts)
         left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         if left:
             raise IntegrityError(f"{facts.shape.architecture}: {', '.join(left)} got no memory")

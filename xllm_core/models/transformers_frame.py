@@ -44,7 +44,7 @@ class _StandIn(Module):
 class Frame:
     """A built class without its layers. One per model; a model is run by one thread at a time, as every model is.
 
-    is_tuple: what this class's layers return is a tuple. on_return: seen by the inspection, which hands on other tensors.
+    is_tuple: what this class's layers return is a tuple. on_return: set by the inspection, which lets stand-ins return other tensors.
     """
 
     layers: Sequence[Module]
@@ -60,7 +60,10 @@ class Frame:
         self.on_return: Callable[[int, torch.Tensor], torch.Tensor] = lambda index, hidden: hidden
 
     def enter(self, h: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-        """h: [T, hidden], positions: [T]. Returns what the first layer is given, [T, hidden], and every layer's call."""
+        """h: [T, hidden], positions: [T]. Returns what the first layer is given, [T, hidden], and every layer's call.
+
+        The norm after the layers runs in vain: leaving the loop by an exception would leave its class in the middle of something.
+        """
         return self.run(inputs_embeds=h.unsqueeze(0), position_ids=positions.unsqueeze(0))
 
     def run(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
@@ -73,11 +76,10 @@ class Frame:
         return first[0], calls
 
     def leave(self, h: torch.Tensor) -> torch.Tensor:
-        """h: [N, hidden] after the last layer. Returns logits [N, vocab]; what runs before the layers runs on one token that is not looked at."""
+        """h: [N, hidden] after the last layer. Returns logits [N, vocab]; what stands before the layers runs in vain, at position 0."""
         self._last = h.unsqueeze(0)
-        dummy = h.new_zeros(1, 1, h.shape[-1])
-        position = torch.zeros(1, 1, dtype=torch.int64, device=h.device)
-        logits: torch.Tensor = self._model(inputs_embeds=dummy, position_ids=position, use_cache=False).logits
+        positions = torch.zeros(1, len(h), dtype=torch.int64, device=h.device)
+        logits: torch.Tensor = self._model(inputs_embeds=self._last, position_ids=positions, use_cache=False).logits
         self._last, self._first, self.calls = None, None, []
         return logits[0]
 
@@ -101,7 +103,6 @@ class Frame:
         if index == 0:
             self._first = hidden
         hidden = self.on_return(index, hidden)
-        if index == len(self.layers) - 1:
-            # The norm after the layers is not wanted before they ran: it gets one row.
-            hidden = self._last if self._last is not None else hidden[:, :1]
+        if index == len(self.layers) - 1 and self._last is not None:
+            hidden = self._last
         return (hidden,) if self.is_tuple else hidden

@@ -7,6 +7,7 @@ what it was called with. So geometry, windows and scales are what the class's co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,11 +25,13 @@ from xllm_core.models.transformers_classes import (
     PROBED,
     Installer,
     Mask,
+    Source,
     build_class,
     fill_buffers,
     layers_of,
     own_modules,
     refused,
+    sources_of,
 )
 from xllm_core.models.transformers_frame import Call, Frame
 from xllm_core.plugins.contracts.model import ModelShape
@@ -61,7 +64,7 @@ class Facts:
     """What serving a class takes.
 
     attention: per layer. modules: the name of each layer's attention module. is_tuple: what layers return.
-    divides: weights can be divided over ranks.
+    divides: weights can be divided over ranks. flat: as `Installer` takes it.
     """
 
     shape: ModelShape
@@ -70,6 +73,7 @@ class Facts:
     weights: WeightMap
     is_tuple: bool
     divides: bool
+    flat: frozenset[str]
 
 
 def inspect_config(config: Mapping[str, Any]) -> Facts:
@@ -82,12 +86,11 @@ def _inspect(text: str) -> Facts:
     config = json.loads(text)
     try:
         return _Inspection(config, is_tuple=False).facts()
-    except _OtherReturnError:
-        return _Inspection(config, is_tuple=True).facts()
-
-
-class _OtherReturnError(Exception):
-    """Layers return the other thing."""
+    except ModelError as first:
+        try:
+            return _Inspection(config, is_tuple=True).facts()  # older classes: a layer returns its hidden states in a tuple
+        except ModelError:
+            raise first from None
 
 
 class _DryParts:
@@ -131,20 +134,23 @@ class _DryParts:
 class _Watch(TorchFunctionMode):
     """Notes whether anything computes with what layers return before the next layer gets it."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
         super().__init__()
-        self.given: list[torch.Tensor] = []
+        self._num_layers, self._given = num_layers, torch.empty(0)
         self.is_touched = False
 
-    def is_untouched(self, hidden: torch.Tensor) -> bool:
-        """Whether a layer gets what the one before it returned."""
-        self.is_touched |= bool(self.given) and hidden is not self.given[0]
-        return not self.is_touched
+    def hand_on(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What a stand-in returns: another tensor each time, which the next layer must get as it is."""
+        self.is_touched |= index > 0 and hidden is not self._given
+        self._given = torch.ones(hidden.shape)
+        given = self._given
+        if index == self._num_layers - 1:
+            self._given = torch.empty(0)
+        return given
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and any(a is given and out is not given for a in args for given in self.given):
-            self.is_touched = True
+        self.is_touched |= isinstance(out, torch.Tensor) and out is not self._given and any(a is self._given for a in args)
         return out
 
 
@@ -162,7 +168,13 @@ class _Inspection:
             raise refused(config, "some layers attend with the keys and values of others (num_kv_shared_layers)")
         self._check_rope(fields)
         self._name, self._list = layers_of(config, self._model)
-        self._installer = Installer(config, self._model, self._name)
+        self._sources = sources_of(config, self._model)
+        self._flat = frozenset(
+            name
+            for name, tensor in self._model.state_dict().items()
+            if tensor.dim() > 2 and any(source.rows is not None for source in self._sources[name])
+        )
+        self._installer = Installer(config, self._model, self._name, self._flat)
         self._names = {module: name for name, module in self._model.named_modules()}
         self._asked: list[tuple[str, tuple[int, ...], Axis]] = []
         fill_buffers(config, self._model, "cpu", list(own_modules(self._model, self._name, in_layers=False)))
@@ -180,7 +192,7 @@ class _Inspection:
             str(self._config["architectures"][0]), fields.num_hidden_layers, fields.hidden_size, fields.vocab_size,
             fields.max_position_embeddings, read_dtype(Fields(self._config)),
         )  # fmt: skip
-        return Facts(shape, attention, modules, self._weights(), self._is_tuple, self._installer.divides)
+        return Facts(shape, attention, modules, self._weights(), self._is_tuple, self._installer.divides, self._flat)
 
     def _check_rope(self, fields: Any) -> None:
         """Frequencies that follow the length of the moment would turn keys that are cached, and depend on who shares a batch."""
@@ -196,29 +208,16 @@ class _Inspection:
 
     def _enter(self) -> list[Call]:
         """What precedes the layers, by embeddings and by token ids, which must be one."""
-        ids, watch = torch.arange(_NUM_TOKENS), _Watch()
-
-        def hand_on(index: int, hidden: torch.Tensor) -> torch.Tensor:
-            is_last = index == len(self._list) - 1
-            fresh = torch.zeros(hidden.shape) if is_last or watch.is_untouched(hidden) else hidden
-            watch.given = [] if is_last else [fresh]
-            return fresh
-
-        self._frame.on_return = hand_on
+        ids, watch = torch.arange(_NUM_TOKENS), _Watch(len(self._list))
+        self._frame.on_return = watch.hand_on
         try:
             embedded = self._model.get_input_embeddings()(ids)
             with watch:
                 first, calls = self._frame.enter(embedded, ids)
             self._frame.on_return = lambda index, hidden: hidden
             by_ids, calls_by_ids = self._frame.run(input_ids=ids.unsqueeze(0), position_ids=ids.unsqueeze(0))
-        except ModelError:
-            raise
         except Exception as error:
-            if not self._is_tuple:
-                raise _OtherReturnError from error
             raise refused(self._config, f"its forward does not run over flat batches: {type(error).__name__}: {error}") from error
-        if watch.is_touched and not self._is_tuple:
-            raise _OtherReturnError
         if watch.is_touched or len(calls) != len(self._list):
             raise refused(self._config, "it computes between its layers, or runs them otherwise than once in order")
         if first.shape != (_NUM_TOKENS, self._model.config.hidden_size):
@@ -259,9 +258,7 @@ class _Inspection:
                 raise refused(self._config, f"layer {index} does not run by itself: {type(error).__name__}: {error}") from error
             out = None
         if out is not None and isinstance(out, tuple) is not self._is_tuple:
-            if not self._is_tuple:
-                raise _OtherReturnError
-            raise refused(self._config, f"layer {index} returns another thing than the layers before it")
+            raise refused(self._config, f"layer {index} returns a {type(out).__name__}, which its class takes apart otherwise")
         if len(recorder.found) != 1:
             kind = type(layer).__name__
             raise refused(
@@ -273,10 +270,14 @@ class _Inspection:
         return attention, self._names[module]
 
     def _weights(self) -> WeightMap:
-        entries = [WeightEntry(name, name, shape, axis) for name, shape, axis in self._asked]
+        entries = [
+            WeightEntry(source.name, name, source.shape, axis, source.rows)
+            for name, _, axis in self._asked
+            for source in self._sources[name]
+        ]
         ignorable = [r".*rotary_emb\.inv_freq"]
         if self._installer.is_tied:
-            ignorable.append(self._installer.head.replace(".", r"\.") + r"\.weight")
+            ignorable += [re.escape(source.name) for source in self._sources[f"{self._installer.head}.weight"]]
         ignorable += [f".*(?:{pattern}).*" for pattern in sorted(self._model._keys_to_ignore_on_load_unexpected or ())]
         return WeightMap(entries, ignorable)
 
