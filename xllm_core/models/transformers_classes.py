@@ -190,8 +190,9 @@ class Installer:
         self._input, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         if not isinstance(self._input, Embedding) or type(self._output) is not Linear:
             raise refused(config, "its embedding is no table, or its head no linear map")
-        self.is_tied = self._output.weight is self._input.weight
         self._names = {module: name for name, module in model.named_modules()}
+        tied = getattr(model, "all_tied_weights_keys", {}).get(f"{self.head}.weight")
+        self.is_tied = self._output.weight is self._input.weight or tied == f"{self._names[self._input]}.weight"
         self.axes = self._read_plan()
 
     @property
@@ -219,10 +220,7 @@ class Installer:
 
     def _exchange(self, module: Module, name: str, parts: Parts) -> None:
         if module is self._output:
-            bound: Any = parts.lm_head(
-                name, module.in_features, module.out_features, tied_to=self._names[self._input] if self.is_tied else None
-            ) if module.bias is None else parts.linear(name, module.in_features, module.out_features, axis="replicated", has_bias=True)  # fmt: skip
-            _route(module, _PartsLinear, "xllm_linear", bound, parts)
+            _route(module, _PartsLinear, "xllm_linear", self._head(name, parts), parts)
         elif isinstance(module, Linear):
             axis = self.axes.get(name, "replicated")
             bound = parts.linear(name, module.in_features, module.out_features, axis=axis, has_bias=module.bias is not None)
@@ -242,6 +240,17 @@ class Installer:
                     if not tensor.is_floating_point():
                         raise refused(self._config, f"{prefix}{own} is a saved table of {tensor.dtype}, which is not served")
                     setattr(module, own, parts.parameter(f"{prefix}{own}", tuple(tensor.shape)))
+
+    def _head(self, name: str, parts: Parts) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The output projection. `Parts` has none with a bias: it is added here where the table is shared, else the head is a plain map."""
+        head, table = self._output, self._names[self._input] if self.is_tied else None
+        if head.bias is None or self.is_tied:
+            project = parts.lm_head(name, head.in_features, head.out_features, tied_to=table)
+            if head.bias is None:
+                return project
+            bias = parts.parameter(f"{name}.bias", (head.out_features,))
+            return lambda x: project(x) + bias
+        return parts.linear(name, head.in_features, head.out_features, axis="replicated", has_bias=True)
 
     def _read_plan(self) -> dict[str, Axis]:
         """The axis of each map in the layers, empty where the plan is not made of plain columns and rows: then every rank would hold all."""
