@@ -113,7 +113,9 @@ class _CacheWatch(TorchDispatchMode):
     def __init__(self, harness: Harness) -> None:
         super().__init__()
         attentions = harness.parts._attentions.values()
-        self.caches = {tensor.untyped_storage().data_ptr() for attention in attentions for tensor in attention.segments.own}
+        self.caches = {
+            tensor.untyped_storage().data_ptr() for attention in attentions for tensor in attention.segments.own
+        }
         self.on_cache: list[tuple[str, int]] = []
         self.largest_bytes = 0
         self.is_in_kernel = False
@@ -151,7 +153,9 @@ def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
             yield from _tensors(value)
 
 
-def watched_decode(family: Any, path: Path, num_cached: int, patch: pytest.MonkeyPatch) -> tuple[_CacheWatch, list[int]]:
+def watched_decode(
+    family: Any, path: Path, num_cached: int, patch: pytest.MonkeyPatch
+) -> tuple[_CacheWatch, list[int]]:
     """One decode step of two rows with `num_cached` tokens; the bytes handed to each `kv_write`."""
     harness = Harness(family, opened(path), max_len=256)
     tokens = torch.randint(0, 128, (num_cached,)).tolist()
@@ -200,16 +204,6 @@ def test_no_mask_is_made(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- in an engine ---------------------------------------------------------------------------------------------------------------
 
 
-def reasons(llm: LLM) -> str:
-    """Why this family serves the model."""
-    from xllm_core.config import Settings
-    from xllm_core.plugins.manager import PluginManager
-    from xllm_core.plugins.resolve import assemble
-
-    settings = Settings(model={"path": llm.info.model})
-    return assemble(settings, PluginManager.discover(settings)).plan.model.reason
-
-
 @pytest.mark.parametrize("name", list(CASES)[:5])
 def test_tokens_of_an_engine(tiny: Tiny, name: str) -> None:
     """Greedy tokens are transformers' own: all at once, chunked, from the prefix cache, and with too few blocks for all. Killed by: state
@@ -224,7 +218,12 @@ def test_tokens_of_an_engine(tiny: Tiny, name: str) -> None:
     for prompt in prompts:
         ids = torch.tensor([prompt])
         out = oracle.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         want.append(out[0, len(prompt) :].tolist())
     settings: dict[str, Any] = {"dtype": "float32", "block_size": 4, **PINNED}
@@ -282,7 +281,7 @@ def test_it_is_marked(tiny: Tiny) -> None:
     from xllm_core.plugins.manager import PluginManager
 
     for path, tables, words in (
-        (tiny("granite"), {}, ["chosen   core/transformers", "no family that names the architecture fits; fallback: transformers' own code, our paged KV"]),
+        (tiny("granite"), {}, ["chosen   core/transformers", "no family that names the architecture fits; fallback: transformers' own code"]),
         (tiny("llama"), PINNED, ["chosen   core/transformers", "pinned by [use] model; fallback: transformers' own code"]),
         (tiny("llama"), {}, ["chosen   core/llama", "rejected core/transformers  not asked: core/llama comes first and answers"]),
     ):  # fmt: skip
@@ -304,29 +303,62 @@ def test_it_is_not_asked_where_a_family_serves(tiny: Tiny) -> None:
     assert done.stdout.split() == ["core/llama", "False"], done.stderr
 
 
-GRANITE = {
+SIZES = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
     "pad_token_id": 0, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "num_key_value_heads": 2,
 }  # fmt: skip
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+def of(architecture: str, model_type: str, **fields: Any) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": model_type, **fields}
+
+
 REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
-    "recurrent": ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "does not go through transformers' attention interface"),
-    "hybrid": ({**GRANITE, "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "mixes tokens outside of attention (Conv1d)"),
-    "encoder and decoder": ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "is an encoder with a decoder"),
-    "encoder": ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "is not the causal language model of model_type 'bert', which is BertLMHeadModel"),
-    "attention of its own": ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "does not go through transformers' attention interface"),
-    "sinks": ({**GRANITE, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "layer 0 hands 'attention sinks' to attention"),
-    "chunks": ({**GRANITE, "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "attention_chunk_size": 16, "no_rope_layers": [1, 1]}, "sees neither everything before a token nor a sliding window"),
-    "both directions": ({**GRANITE, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "use_bidirectional_attention": True}, "sees neither everything before a token nor a sliding window"),
-    "latent attention": ({**GRANITE, "architectures": ["MiniCPM3ForCausalLM"], "model_type": "minicpm3"}, "has keys of size 96 and values of size 8"),
-    "more than text": ({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, "reads more than text"),
+    "recurrent": (of("MambaForCausalLM", "mamba"), "does not go through transformers' attention interface"),
+    "hybrid": (
+        of("Lfm2ForCausalLM", "lfm2", **SIZES, layer_types=["conv", "full_attention"]),
+        "mixes tokens outside of attention (Conv1d)",
+    ),
+    "encoder and decoder": (of("T5ForConditionalGeneration", "t5"), "is an encoder with a decoder"),
+    "encoder": (
+        of("BertForMaskedLM", "bert"),
+        "is not the causal language model of model_type 'bert', which is BertLMHeadModel",
+    ),
+    "bias by position": (of("BloomForCausalLM", "bloom"), "does not go through transformers' attention interface"),
+    "sinks": (of("GptOssForCausalLM", "gpt_oss", **SIZES), "layer 0 hands 'attention sinks' to attention"),
+    "chunks": (
+        of("Llama4ForCausalLM", "llama4_text", **SIZES, attention_chunk_size=16, no_rope_layers=[1, 1]),
+        "sees neither everything before a token nor a sliding window",
+    ),
+    "both directions": (
+        of("Gemma3ForCausalLM", "gemma3_text", **SIZES, use_bidirectional_attention=True),
+        "sees neither everything before a token nor a sliding window",
+    ),
+    "two attentions in a layer": (of("DiffLlamaForCausalLM", "diffllama", **SIZES), "goes 2 times through"),
+    "latent attention": (of("MiniCPM3ForCausalLM", "minicpm3", **SIZES), "has keys of size 96 and values of size 8"),
+    "more than text": (of("Gemma3ForConditionalGeneration", "gemma3"), "reads more than text"),
     "frequencies that change": (
-        {**GRANITE, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "original_max_position_embeddings": 32,
-         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}, "its longrope changes frequencies beyond 32 tokens"),
-    "quantised": ({**GRANITE, "architectures": ["GraniteForCausalLM"], "model_type": "granite", "quantization_config": {"quant_method": "awq"}}, "quantised weights ('awq')"),
-    "values of another kind": ({**GRANITE, "architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": "big"}, "transformers refuses this configuration"),
-    "unknown to transformers": ({"architectures": ["GraniteForCausalLM"], "model_type": "granit"}, "has no model_type 'granit'; did you mean 'granite'?"),
-    "code of the model's own": ({"architectures": ["OwnForCausalLM"], "model_type": "own_kind_of", "auto_map": {"AutoModel": "m.Own"}}, "code that comes with a model is never run"),
-}  # fmt: skip
+        of("Phi3ForCausalLM", "phi3", **SIZES, original_max_position_embeddings=32, rope_scaling=LONGROPE),
+        "its longrope changes frequencies beyond 32 tokens",
+    ),
+    "quantised": (
+        of("GraniteForCausalLM", "granite", **SIZES, quantization_config={"quant_method": "awq"}),
+        "quantised weights ('awq')",
+    ),
+    "a value of another kind": (
+        of("GraniteForCausalLM", "granite", **{**SIZES, "hidden_size": "big"}),
+        "transformers refuses this configuration",
+    ),
+    "unknown to transformers": (
+        of("GraniteForCausalLM", "granit"),
+        "has no model_type 'granit'; did you mean 'granite'?",
+    ),
+    "code of the model's own": (
+        of("OwnForCausalLM", "own_kind_of", auto_map={"AutoModel": "m.Own"}),
+        "code that comes with a model is never run",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -351,4 +383,6 @@ def test_an_unknown_architecture_keeps_its_guess(tiny: Tiny, tmp_path: Path) -> 
         LLM(str(tmp_path), dtype="float32")
     assert "architecture 'LlamaForCausalLm' is not known; did you mean 'LlamaForCausalLM'?" in str(caught.value)
     assert "core/transformers cannot serve it: " in str(caught.value)
-    assert "LlamaForCausalLm is not the causal language model of model_type 'llama', which is LlamaForCausalLM" in str(caught.value)
+    assert "LlamaForCausalLm is not the causal language model of model_type 'llama', which is LlamaForCausalLM" in str(
+        caught.value
+    )

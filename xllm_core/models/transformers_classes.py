@@ -70,7 +70,7 @@ def find_class(config: Mapping[str, Any]) -> tuple[Any, type[Any]]:
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "no architecture"
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), 1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         own = "; code that comes with a model is never run" if config.get("auto_map") else ""
@@ -86,10 +86,15 @@ def find_class(config: Mapping[str, Any]) -> tuple[Any, type[Any]]:
     if getattr(read, "is_encoder_decoder", False):
         raise refused(config, f"{architecture} is an encoder with a decoder; only decoders are served")
     if read.get_text_config() is not read or read.sub_configs:
-        raise refused(config, f"{architecture} reads more than text (it is made of {', '.join(read.sub_configs)}); only text decoders are served")
+        raise refused(
+            config,
+            f"{architecture} reads more than text (it is made of {', '.join(read.sub_configs)}); only text decoders are served",
+        )
     if type(read) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise refused(config, f"transformers has no causal language model of model_type {kind!r}; only decoders are served")
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(read)]
+        raise refused(
+            config, f"transformers has no causal language model of model_type {kind!r}; only decoders are served"
+        )
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(read)]
     classes = found if isinstance(found, tuple) else (found,)
     for candidate in classes:
         if candidate.__name__ == architecture:
@@ -130,7 +135,9 @@ def sources_of(config: Mapping[str, Any], model: Any) -> dict[str, list[Source]]
         shape = tuple(tensor.shape)
         head = shape[:-1] if len(shape) > 1 else shape
         # A column of numbers for a table, so that what mixes columns is seen as well.
-        numbers = torch.arange(torch.Size(head).numel(), dtype=torch.float64).view((*head, 1) if len(shape) > 1 else head)
+        numbers = torch.arange(torch.Size(head).numel(), dtype=torch.float64).view(
+            (*head, 1) if len(shape) > 1 else head
+        )
         try:
             parts = revert_weight_conversion(model, {name: numbers})
         except Exception as error:
@@ -139,7 +146,9 @@ def sources_of(config: Mapping[str, Any], model: Any) -> dict[str, list[Source]]
         for source, rows in parts.items():
             flat = rows.reshape(-1)
             first, count = int(flat[0]) if len(flat) else 0, len(flat)
-            if not torch.equal(flat, torch.arange(first, first + count, dtype=flat.dtype)) or (len(shape) > 1 and rows.shape[-1] != 1):
+            if not torch.equal(flat, torch.arange(first, first + count, dtype=flat.dtype)) or (
+                len(shape) > 1 and rows.shape[-1] != 1
+            ):
                 raise refused(config, f"{source} holds {name} in another order than its class computes with")
             own = (*rows.shape[:-1], shape[-1]) if len(shape) > 1 else tuple(rows.shape)
             found[name].append(Source(source, own, None if own == shape else (first, count)))
@@ -150,11 +159,16 @@ def layers_of(config: Mapping[str, Any], model: Any) -> tuple[str, Module]:
     """(name, list) of the decoder layers: the one list of modules as long as the model is deep."""
     depth = model.config.num_hidden_layers
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
     ]
     lists = [(name, module) for name, module in lists if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
     if len(lists) != 1:
-        raise refused(config, f"its {depth} layers are not one list of modules (found: {', '.join(name for name, _ in lists) or 'none'})")
+        raise refused(
+            config,
+            f"its {depth} layers are not one list of modules (found: {', '.join(name for name, _ in lists) or 'none'})",
+        )
     return lists[0]
 
 
@@ -163,7 +177,7 @@ class _PartsLinear(Linear):
 
     xllm_linear: Callable[[torch.Tensor], torch.Tensor]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  torch's name
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [..., in]. Returns [..., out]."""
         flat = input.reshape(-1, input.shape[-1])
         return self.xllm_linear(flat).view(*input.shape[:-1], -1)
@@ -174,7 +188,7 @@ class _PartsEmbedding(Embedding):
 
     xllm_embedding: Callable[[torch.Tensor], torch.Tensor]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  torch's name
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [...] int64. Returns [..., size]."""
         return self.xllm_embedding(input.reshape(-1)).view(*input.shape, -1)
 
@@ -203,7 +217,8 @@ class Installer:
     @property
     def head(self) -> str:
         """The name of the head."""
-        return self._names[self._output]
+        name: str = self._names[self._output]
+        return name
 
     def install(self, parts: Parts, parts_of_layers: Parts) -> None:
         """Exchange every parameter. parts_of_layers: for what lies in the layers. Raises ModelFormatError for weights shared in other ways."""
@@ -213,7 +228,10 @@ class Installer:
                 if tensor is None or (module is self._output and own == "weight" and self.is_tied):
                     continue
                 if id(tensor) in seen:
-                    raise refused(self._config, f"{name}.{own} is the same weight as {seen[id(tensor)]}; only the head may share one")
+                    raise refused(
+                        self._config,
+                        f"{name}.{own} is the same weight as {seen[id(tensor)]}; only the head may share one",
+                    )
                 seen[id(tensor)] = f"{name}.{own}"
         for module, name in self._names.items():
             self._exchange(module, name, parts_of_layers if name.startswith(self._layers) else parts)
@@ -223,7 +241,9 @@ class Installer:
             _route(module, _PartsLinear, "xllm_linear", self._head(name, parts), parts)
         elif isinstance(module, Linear):
             axis = self.axes.get(name, "replicated")
-            bound = parts.linear(name, module.in_features, module.out_features, axis=axis, has_bias=module.bias is not None)
+            bound: Any = parts.linear(
+                name, module.in_features, module.out_features, axis=axis, has_bias=module.bias is not None
+            )
             _route(module, _PartsLinear, "xllm_linear", bound, parts)
         elif isinstance(module, Embedding):
             bound = parts.embedding(name, module.num_embeddings, module.embedding_dim)
@@ -234,12 +254,18 @@ class Installer:
                 if tensor is not None:
                     shape = tuple(tensor.shape)
                     asked = (torch.Size(shape[:-1]).numel(), shape[-1]) if f"{prefix}{own}" in self._flat else shape
-                    setattr(module, own, Parameter(parts.parameter(f"{prefix}{own}", asked).view(shape), requires_grad=False))
-            for own, tensor in list(module._buffers.items()):
-                if tensor is not None and own not in module._non_persistent_buffers_set:
-                    if not tensor.is_floating_point():
-                        raise refused(self._config, f"{prefix}{own} is a saved table of {tensor.dtype}, which is not served")
-                    setattr(module, own, parts.parameter(f"{prefix}{own}", tuple(tensor.shape)))
+                    setattr(
+                        module,
+                        own,
+                        Parameter(parts.parameter(f"{prefix}{own}", asked).view(shape), requires_grad=False),
+                    )
+            for own, buffer in list(module._buffers.items()):
+                if buffer is not None and own not in module._non_persistent_buffers_set:
+                    if not buffer.is_floating_point():
+                        raise refused(
+                            self._config, f"{prefix}{own} is a saved table of {buffer.dtype}, which is not served"
+                        )
+                    setattr(module, own, parts.parameter(f"{prefix}{own}", tuple(buffer.shape)))
 
     def _head(self, name: str, parts: Parts) -> Callable[[torch.Tensor], torch.Tensor]:
         """The output projection. `Parts` has none with a bias: it is added here where the table is shared, else the head is a plain map."""
@@ -258,27 +284,27 @@ class Installer:
         axes: dict[str, Axis] = {}
         for module, name in self._names.items():
             if isinstance(module, Linear) and name.startswith(self._layers):
-                style = next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
-                if style not in _AXES:
+                axis = next((_AXES.get(style) for pattern, style in plan.items() if _matches(pattern, name)), None)
+                if axis is None:
                     return {}
-                axes[name] = _AXES[style]
+                axes[name] = axis
         return axes
 
 
 def fill_buffers(config: Mapping[str, Any], model: Any, device: str, modules: Sequence[Module]) -> None:
     """Compute what is not saved (rotary frequencies, scales) on `device`, by the class's own initialisation; what that leaves out is refused."""
     for module in modules:
-        own = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        for name in own:
-            buffer = torch.empty_like(module._buffers[name], device=device)
-            if buffer.is_floating_point():
-                buffer.fill_(float("nan"))
-            module._buffers[name] = buffer
+        own: dict[str, torch.Tensor] = {}
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                own[name] = module._buffers[name] = torch.empty_like(buffer, device=device)
+                if buffer.is_floating_point():
+                    own[name].fill_(float("nan"))
         if own:
             with torch.no_grad():
                 model._init_weights(module)
-        for name in own:
-            if module._buffers[name].is_floating_point() and module._buffers[name].isnan().any():
+        for name, buffer in own.items():
+            if buffer.is_floating_point() and buffer.isnan().any():
                 raise refused(config, f"{type(module).__name__} does not compute its table {name!r} anew")
 
 

@@ -25,7 +25,6 @@ from xllm_core.models.transformers_classes import (
     PROBED,
     Installer,
     Mask,
-    Source,
     build_class,
     fill_buffers,
     layers_of,
@@ -88,7 +87,9 @@ def _inspect(text: str) -> Facts:
         return _Inspection(config, is_tuple=False).facts()
     except ModelError as first:
         try:
-            return _Inspection(config, is_tuple=True).facts()  # older classes: a layer returns its hidden states in a tuple
+            return _Inspection(
+                config, is_tuple=True
+            ).facts()  # older classes: a layer returns its hidden states in a tuple
         except ModelError:
             raise first from None
 
@@ -150,7 +151,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.is_touched |= isinstance(out, torch.Tensor) and out is not self._given and any(a is self._given for a in args)
+        self.is_touched |= (
+            isinstance(out, torch.Tensor) and out is not self._given and any(a is self._given for a in args)
+        )
         return out
 
 
@@ -178,7 +181,7 @@ class _Inspection:
         self._names = {module: name for name, module in self._model.named_modules()}
         self._asked: list[tuple[str, tuple[int, ...], Axis]] = []
         fill_buffers(config, self._model, "cpu", list(own_modules(self._model, self._name, in_layers=False)))
-        self._installer.install(_DryParts("cpu", self._asked), _DryParts("meta", self._asked))  # type: ignore[arg-type]
+        self._installer.install(_DryParts("cpu", self._asked), _DryParts("meta", self._asked))
         self._frame = Frame(self._model, self._list, is_tuple=is_tuple)
 
     @torch.no_grad()
@@ -198,8 +201,11 @@ class _Inspection:
         """Frequencies that follow the length of the moment would turn keys that are cached, and depend on who shares a batch."""
         given = getattr(fields, "rope_parameters", None) or {}
         for rope in [given, *given.values()]:
-            original = rope.get("original_max_position_embeddings") or getattr(fields, "original_max_position_embeddings", 0) if isinstance(rope, dict) else 0  # fmt: skip
-            if isinstance(rope, dict) and rope.get("rope_type") == "longrope" and fields.max_position_embeddings > (original or 0):
+            if not isinstance(rope, dict) or rope.get("rope_type") != "longrope":
+                continue
+            outside = getattr(fields, "original_max_position_embeddings", None)
+            original = rope.get("original_max_position_embeddings") or outside or 0
+            if fields.max_position_embeddings > original:
                 raise refused(
                     self._config,
                     f"its longrope changes frequencies beyond {original} tokens, which turns keys that are cached; set"
@@ -208,7 +214,7 @@ class _Inspection:
 
     def _enter(self) -> list[Call]:
         """What precedes the layers, by embeddings and by token ids, which must be one."""
-        ids, watch = torch.arange(_NUM_TOKENS), _Watch(len(self._list))
+        ids, watch = torch.arange(_NUM_TOKENS), _Watch(len(self._frame.layers))
         self._frame.on_return = watch.hand_on
         try:
             embedded = self._model.get_input_embeddings()(ids)
@@ -217,11 +223,15 @@ class _Inspection:
             self._frame.on_return = lambda index, hidden: hidden
             by_ids, calls_by_ids = self._frame.run(input_ids=ids.unsqueeze(0), position_ids=ids.unsqueeze(0))
         except Exception as error:
-            raise refused(self._config, f"its forward does not run over flat batches: {type(error).__name__}: {error}") from error
-        if watch.is_touched or len(calls) != len(self._list):
+            raise refused(
+                self._config, f"its forward does not run over flat batches: {type(error).__name__}: {error}"
+            ) from error
+        if watch.is_touched or len(calls) != len(self._frame.layers):
             raise refused(self._config, "it computes between its layers, or runs them otherwise than once in order")
         if first.shape != (_NUM_TOKENS, self._model.config.hidden_size):
-            raise refused(self._config, f"its layers take hidden states of shape {list(first.shape)}, not one row per token")
+            raise refused(
+                self._config, f"its layers take hidden states of shape {list(first.shape)}, not one row per token"
+            )
         if not torch.equal(first, by_ids) or any(not _same(a, b) for a, b in zip(calls, calls_by_ids, strict=True)):
             raise refused(self._config, "its layers are given more of the token ids than their embeddings")
         return calls
@@ -233,21 +243,31 @@ class _Inspection:
         try:
             logits = self._frame.leave(torch.ones(2, fields.hidden_size))
         except Exception as error:
-            raise refused(self._config, f"what follows its layers does not run by itself: {type(error).__name__}: {error}") from error
+            raise refused(
+                self._config, f"what follows its layers does not run by itself: {type(error).__name__}: {error}"
+            ) from error
         if logits.shape != (2, fields.vocab_size):
-            raise refused(self._config, f"its head gives logits of shape {list(logits.shape)} for two rows, not one per token of the vocabulary")
+            raise refused(
+                self._config,
+                f"its head gives logits of shape {list(logits.shape)} for two rows, not one per token of the vocabulary",
+            )
 
     def _set_implementation(self, name: str) -> None:
         self._model.config._attn_implementation = name
 
     def _layer(self, index: int, call: Call) -> tuple[LayerAttention, str]:
         """Run one layer without memory, and hear its attention."""
-        layer, recorder = self._frame.layers[index], _Recorder(self._config, index, self._model.config.max_position_embeddings)
+        layer, recorder = (
+            self._frame.layers[index],
+            _Recorder(self._config, index, self._model.config.max_position_embeddings),
+        )
         for module in layer.modules():
             if isinstance(module, _MIXERS):
-                raise refused(self._config, f"layer {index} mixes tokens outside of attention ({type(module).__name__})")
+                raise refused(
+                    self._config, f"layer {index} mixes tokens outside of attention ({type(module).__name__})"
+                )
             object.__setattr__(module, ATTRIBUTE, recorder.of(module))
-        moved = Call(*(_to_meta(part) for part in call[:2]), call.keyword)  # type: ignore[arg-type]
+        moved = Call(_to_meta(call.args), _to_meta(call.kwargs), call.keyword)
         h = torch.empty(_NUM_TOKENS, self._model.config.hidden_size, device="meta")
         try:
             out = self._frame.raw(index, h, moved)
@@ -255,10 +275,14 @@ class _Inspection:
             raise
         except Exception as error:
             if not recorder.found:  # after attention it may ask for values, as experts do; by then all is known
-                raise refused(self._config, f"layer {index} does not run by itself: {type(error).__name__}: {error}") from error
+                raise refused(
+                    self._config, f"layer {index} does not run by itself: {type(error).__name__}: {error}"
+                ) from error
             out = None
         if out is not None and isinstance(out, tuple) is not self._is_tuple:
-            raise refused(self._config, f"layer {index} returns a {type(out).__name__}, which its class takes apart otherwise")
+            raise refused(
+                self._config, f"layer {index} returns a {type(out).__name__}, which its class takes apart otherwise"
+            )
         if len(recorder.found) != 1:
             kind = type(layer).__name__
             raise refused(
@@ -292,22 +316,30 @@ class _Recorder:
     def of(self, module: Module) -> Callable[..., torch.Tensor]:
         """What attends in a module."""
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict[str, Any]
+        ) -> torch.Tensor:
             self.found.append((self._read(query, key, value, mask, kwargs), module))
             return query.transpose(1, 2).contiguous()
 
         return attend
 
-    def _read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> LayerAttention:
+    def _read(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> LayerAttention:
         for name, given in kwargs.items():
             if name not in _KNOWN and given is not None and given is not False:
                 raise self._refused(f"hands {_MEANING.get(name, name)!r} to attention, which our kernels do not know")
         if key.shape != value.shape:
-            raise self._refused(f"has keys of size {key.shape[-1]} and values of size {value.shape[-1]}; one size is served")
+            raise self._refused(
+                f"has keys of size {key.shape[-1]} and values of size {value.shape[-1]}; one size is served"
+            )
         if query.shape[:1] + query.shape[2:] != key.shape[:1] + key.shape[2:] or query.shape[2] != _NUM_TOKENS:
             raise self._refused(f"attends with queries of shape {list(query.shape)} to keys of shape {list(key.shape)}")
         if not isinstance(mask, Mask):
-            raise self._refused(f"attends {'without a mask' if mask is None else 'with a mask of its own'}; causal and sliding ones are served")
+            raise self._refused(
+                f"attends {'without a mask' if mask is None else 'with a mask of its own'}; causal and sliding ones are served"
+            )
         scale, soft_cap = kwargs.get("scaling"), kwargs.get("softcap")
         if not all(number is None or isinstance(number, int | float) for number in (scale, soft_cap)):
             raise self._refused("scales its scores by a weight")
@@ -325,10 +357,25 @@ class _Recorder:
             return mask.sees(zero, zero, torch.tensor(query), keys).expand(length)
 
         window = int(seen(length - 1).sum())
-        places = {0, 1, 2, window - 2, window - 1, window, window + 1, length // 3, length // 2, length // 2 + 1, length - 2, length - 1}
+        places = {
+            0,
+            1,
+            2,
+            window - 2,
+            window - 1,
+            window,
+            window + 1,
+            length // 3,
+            length // 2,
+            length // 2 + 1,
+            length - 2,
+            length - 1,
+        }
         for query in sorted(place for place in places if 0 <= place < length):
             if not torch.equal(seen(query), (keys <= query) & (keys > query - window)):
-                raise self._refused("sees neither everything before a token nor a sliding window of it (chunks, both directions, or a prefix)")
+                raise self._refused(
+                    "sees neither everything before a token nor a sliding window of it (chunks, both directions, or a prefix)"
+                )
         return None if window >= length else window
 
     def _refused(self, reason: str) -> ModelError:

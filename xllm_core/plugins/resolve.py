@@ -205,7 +205,9 @@ class Resolver:
             if architecture in known or {"model", f"model.{architecture}"} & self.settings.use.keys():
                 raise
             fallbacks = {offer.name for offer in offers if is_fallback(offer)}
-            reasons = "".join(f"\n  {name} cannot serve it: {reason}" for name, reason in error.rejections if name in fallbacks)
+            reasons = "".join(
+                f"\n  {name} cannot serve it: {reason}" for name, reason in error.rejections if name in fallbacks
+            )
             raise ModelError(
                 f"architecture {architecture!r} is not known{guess(architecture, known)}; known are {', '.join(known)}."
                 f" A plugin may bring it: see `xllm plugins list`{reasons}"

@@ -112,7 +112,9 @@ class ModelSpec(Spec):
         """Check that either architectures are named, or it is a fallback that can say no."""
         Spec.__post_init__(self)
         if self.is_fallback and self.architectures:
-            raise ValueError(f"{self.name}: a fallback names no architectures, it serves what nobody names; here are {sorted(self.architectures)}")
+            raise ValueError(
+                f"{self.name}: a fallback names no architectures, it serves what nobody names; here are {sorted(self.architectures)}"
+            )
         if self.is_fallback and self.check is None:
             raise ValueError(f"{self.name}: a fallback needs `check`, which says what it cannot serve")
         if not self.is_fallback and not self.architectures:

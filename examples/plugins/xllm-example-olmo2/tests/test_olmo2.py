@@ -70,10 +70,15 @@ def check(answers: list[Any], oracle: Olmo2ForCausalLM) -> None:
         assert len(reported) == len(prompt) + len(tokens) - 1
         for row, entries in zip(expected, reported, strict=False):
             assert len(entries) == VOCAB
-            assert all(math.isclose(entries[token].logprob, float(row[token]), abs_tol=1e-4, rel_tol=0) for token in range(VOCAB))
+            assert all(
+                math.isclose(entries[token].logprob, float(row[token]), abs_tol=1e-4, rel_tol=0)
+                for token in range(VOCAB)
+            )
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_chunk_tokens": 5}, {"max_num_seqs": 1}], ids=["batched", "in chunks of 5", "alone"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_chunk_tokens": 5}, {"max_num_seqs": 1}], ids=["batched", "in chunks of 5", "alone"]
+)
 def test_logits(model: tuple[str, Olmo2ForCausalLM], settings: dict[str, Any]) -> None:
     """Whole prompts and chunks, side by side and one at a time, then ten decode steps over paged KV. Killed by: a norm before instead of
     after, per head instead of over all of them, another eps or theta, scores scaled otherwise.
@@ -81,7 +86,9 @@ def test_logits(model: tuple[str, Olmo2ForCausalLM], settings: dict[str, Any]) -
     check(generate(model[0], **settings), model[1])
 
 
-@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}], ids=str
+)
 def test_variants(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Shared tables, no sharing of KV heads, one for all. Killed by: a head count taken from the wrong field."""
     check_against = write_model(tmp_path, **changes)

@@ -79,7 +79,10 @@ def read(config: Mapping[str, Any]) -> Config:
     heads, hidden = integer("num_attention_heads"), integer("hidden_size")
     kv_heads = integer("num_key_value_heads", heads)
     if hidden % (2 * heads) or heads % kv_heads:
-        raise wrong("num_attention_heads", f"is {heads}: heads of even size must divide {hidden}, and {kv_heads} KV heads must divide them")
+        raise wrong(
+            "num_attention_heads",
+            f"is {heads}: heads of even size must divide {hidden}, and {kv_heads} KV heads must divide them",
+        )
     return Config(
         integer("vocab_size"), hidden, integer("intermediate_size"), integer("num_hidden_layers"), heads, kv_heads,
         integer("max_position_embeddings"), float(config.get("rms_norm_eps") or 1e-5),
@@ -124,7 +127,10 @@ class Olmo2:
                 if name != "mlp.gate_up":
                     entries.append(WeightEntry(source, param, shape, axis))
                     continue
-                half = (c.intermediate_size, c.hidden_size)  # two tensors of the checkpoint are one map here: half as many calls
+                half = (
+                    c.intermediate_size,
+                    c.hidden_size,
+                )  # two tensors of the checkpoint are one map here: half as many calls
                 for first, part in ((0, "gate_proj"), (c.intermediate_size, "up_proj")):
                     source = f"model.layers.{i}.mlp.{part}.weight"
                     entries.append(WeightEntry(source, param, half, axis, rows=(first, c.intermediate_size)))
@@ -191,9 +197,18 @@ class DecoderLayer:
                 self._linear[short] = parts.linear(full, shape[1], shape[0], axis=axis)
             else:
                 self._weight[short] = parts.parameter(f"{full}.weight", shape, axis)
-        self._norm, self._eps, self._silu_mul, self._rope = parts.op("rms_norm"), c.norm_eps, parts.op("silu_mul"), parts.op("rope")
+        self._norm, self._eps, self._silu_mul, self._rope = (
+            parts.op("rms_norm"),
+            c.norm_eps,
+            parts.op("silu_mul"),
+            parts.op("rope"),
+        )
         self._head_size, self._rotary = c.head_size, rotary
-        self._num_heads, self._num_kv_heads, self._rank = parts.share(c.num_heads), parts.share(c.num_kv_heads), parts.rank
+        self._num_heads, self._num_kv_heads, self._rank = (
+            parts.share(c.num_heads),
+            parts.share(c.num_kv_heads),
+            parts.rank,
+        )
         self._attend = parts.attention(GROUP, index, **geometry(c))
 
     def __call__(self, h: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -229,7 +244,11 @@ class Decoder:
         rotary = Rotary(c, parts)
         self._embed = parts.embedding("embed", c.vocab_size, c.hidden_size)
         self.layers = [DecoderLayer(c, parts, index, rotary) for index in range(c.num_layers)]
-        self._weight, self._norm, self._eps = parts.parameter("norm", (c.hidden_size,)), parts.op("rms_norm"), c.norm_eps
+        self._weight, self._norm, self._eps = (
+            parts.parameter("norm", (c.hidden_size,)),
+            parts.op("rms_norm"),
+            c.norm_eps,
+        )
         self._head = parts.lm_head("lm_head", c.hidden_size, c.vocab_size, tied_to="embed" if c.is_tied else None)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
