@@ -128,6 +128,11 @@ class _Decoder:
 
     def __init__(self, config: Mapping[str, Any], facts: Facts, parts: Parts) -> None:
         model = build_class(config, PAGED, parts.dtype)
+        kept = sorted(model._keep_in_fp32_modules_strict or ())
+        if kept and parts.dtype != torch.float32:
+            raise ConfigError(
+                f"{facts.shape.architecture} keeps {', '.join(kept)} in float32, and a model here has one dtype; set [model] dtype = 'float32'"
+            )
         name, layers = layers_of(config, model)
         fill_buffers(config, model, parts.torch_device, list(model.modules()))
         Installer(config, model, name, facts.flat).install(parts, parts)
