@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_models import make_tiny
+from tests.meta.source import ROOT
 from xllm_core.errors import ConfigError, XllmError
 from xllm_core.models.llama import Llama, Mistral
 from xllm_core.models.qwen import Qwen2, Qwen3
+from xllm_core.models.transformers_fallback import TransformersFallback
 from xllm_core.plugins.contracts.model import Model, Parts
 from xllm_core.plugins.contracts.weights import Axis, WeightMap
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
@@ -29,6 +31,8 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "mistral": (Mistral, "mistral", {"sliding_window": 5}),
     "qwen2": (Qwen2, "qwen2", {}),
     "qwen3": (Qwen3, "qwen3", {"attention_bias": True}),
+    "the fallback, as transformers' plan says": (TransformersFallback, "granite", {"attention_bias": True}),
+    "the fallback, tied": (TransformersFallback, "gemma3", {}),
 }
 
 
@@ -54,6 +58,26 @@ def test_two_ranks_equal_one(checkpoint: Callable[[str], Any], name: str) -> Non
     for logits in run_ranks(family, checkpoint(name), TOKENS):
         assert logits.shape == whole.shape
         assert (logits - whole).abs().max() <= 1e-4
+
+
+def test_the_example_family_divides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo-2 norms queries over all heads, which a rank has only if it computes all of them. Killed by: declaring them divided."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "plugins" / "xllm-example-olmo2" / "src"))
+    from xllm_example_olmo2.olmo2 import Olmo2
+
+    opened = SafetensorsDirectory().open(make_tiny("olmo2", tmp_path))
+    assert opened is not None
+    whole = Harness(Olmo2(), opened).step({0: TOKENS})[0]
+    for logits in run_ranks(Olmo2(), opened):
+        assert (logits - whole).abs().max() <= 1e-4
+
+
+def test_what_the_fallback_cannot_divide_is_refused(tmp_path: Path) -> None:
+    """transformers' plan for OLMo-2 gathers in the middle of attention. Killed by: dividing the cache of heads that are computed whole."""
+    opened = SafetensorsDirectory().open(make_tiny("olmo2", tmp_path))
+    assert opened is not None
+    with pytest.raises(ConfigError, match="does not divide over 2 ranks"):
+        run_ranks(TransformersFallback(), opened)
 
 
 class Planted:

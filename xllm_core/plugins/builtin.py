@@ -59,7 +59,7 @@ def xllm_attention() -> Iterable[AttentionSpec]:
 
 @hookimpl
 def xllm_models() -> Iterable[ModelSpec]:
-    """Dense decoders."""
+    """Dense decoders, and for what nobody names transformers' own classes."""
     architectures = {
         "llama": ("xllm_core.models.llama:Llama", "LlamaForCausalLM"),
         "mistral": ("xllm_core.models.llama:Mistral", "MistralForCausalLM"),
@@ -68,6 +68,14 @@ def xllm_models() -> Iterable[ModelSpec]:
     }
     for name, (target, architecture) in architectures.items():
         yield ModelSpec(name=name, target=target, architectures=frozenset({architecture}))
+    yield ModelSpec(
+        name="transformers",
+        target="xllm_core.models.transformers_fallback:TransformersFallback",
+        check="xllm_core.models.transformers_fallback:check",
+        requires=("transformers",),
+        is_fallback=True,
+        summary="fallback: transformers' own code, our paged KV",
+    )
 
 
 @hookimpl
