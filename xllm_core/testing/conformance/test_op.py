@@ -73,7 +73,9 @@ class Bound:
 
         from xllm_core.testing.op_inputs import flat, moved
 
-        to_device = lambda tensor: self.device.to_device(tensor.clone())  # noqa: E731
+        def to_device(tensor: torch.Tensor) -> torch.Tensor:
+            return self.device.to_device(tensor.clone())
+
         arguments = tuple(
             moved(argument, self._as_cache if i in self.inputs.caches else to_device)
             for i, argument in enumerate(call.arguments)
@@ -81,7 +83,7 @@ class Bound:
         before = [moved(argument, lambda tensor: tensor.clone()) for argument in arguments]
         with torch.inference_mode():
             if call.prepared is not None:
-                prepared = self.op.prepare(*(None if w is None else to_device(w) for w in call.prepared))
+                prepared = self.op.prepare(*moved(call.prepared, to_device))
                 answer = self.op(*arguments, prepared)
             else:
                 answer = self.op(*arguments)
