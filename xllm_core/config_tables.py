@@ -67,6 +67,7 @@ class EngineTable(Table):
     overlap: bool = Field(
         True, description="Plan each step while the one before it runs, with the worker on a thread of its own."
     )
+    fusions: bool = Field(True, description="Take ops that stand for several where a plugin offers them.")
 
 
 class SchedulerTable(Table):

@@ -65,7 +65,7 @@ def test_the_public_surface() -> None:
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
         "API_VERSION", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis", "BatchLayout",
-        "CORE_OPS", "Checkpoint", "CommandSpec", "DeviceBackend", "DeviceFacts", "DeviceSpec", "ForwardContext", "Hit",
+        "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "DeviceBackend", "DeviceFacts", "DeviceSpec", "ForwardContext", "Hit",
         "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec",
         "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MemoryInfo",
         "Miss", "Model", "ModelFamily", "ModelQuery", "ModelShape", "ModelSpec", "Observer", "ObserverSpec", "OpQuery", "OpSpec", "Parts",

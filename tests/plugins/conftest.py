@@ -9,9 +9,13 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import importlib_metadata
 import pytest
 
+from tests.plugins.alone.hiding import hide_installed
+
 DISTS = Path(__file__).parent / "dists"
+ALONE = Path(__file__).parent / "alone"
 
 Install = Callable[..., list[str]]
 
@@ -29,6 +33,13 @@ def write_dist_info(dist: Path, site: Path) -> None:
     (info / "entry_points.txt").write_text(f"[xllm_core.plugins]\n{body}\n")
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is installed here is not seen, in this process and in children: reports are compared whole."""
+    monkeypatch.setattr(importlib_metadata, "entry_points", hide_installed)
+    monkeypatch.setenv("PYTHONPATH", str(ALONE))
+
+
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """install("good", "twin_a") puts these dummies on sys.path, here and in child processes; returns the paths. Undone after the test."""
@@ -41,7 +52,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             paths += [str(site), str(DISTS / name / "src")]
         for path in paths:
             monkeypatch.syspath_prepend(path)
-        monkeypatch.setenv("PYTHONPATH", ":".join(paths))
+        monkeypatch.setenv("PYTHONPATH", ":".join([str(ALONE), *paths]))
         importlib.invalidate_caches()
         return paths
 

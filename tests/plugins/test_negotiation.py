@@ -179,7 +179,7 @@ def test_a_query_on_the_command_line(install: Callable[..., Any], xllm: Callable
     """Without a model, the shape can be given: what is chosen for it, and why the others are not."""
     flags = ("--device", "core/reference", "--head-size", "80", "--kv-heads", "2", "--feature", "sliding_window")
     done = xllm("plugins", "why", "attention", *flags)
-    assert "head size 80" in done.stdout and "chosen   core/paged" in done.stdout, done.stderr
+    assert "2 KV heads of 80" in done.stdout and "chosen   core/paged" in done.stdout, done.stderr
     wrong = xllm("plugins", "why", "attention", "--feature", "sink", "--device", "core/reference")
     assert wrong.returncode == 2 and "sliding_window" in wrong.stderr
     with pytest.raises(PluginError):

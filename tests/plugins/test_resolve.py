@@ -18,13 +18,14 @@ from xllm_core.errors import (
     PluginError,
     ResolutionError,
 )
-from xllm_core.plugins import AttentionGeometry, AttentionSpec, DeviceSpec
-from xllm_core.plugins import select as select_module
+from xllm_core.plugins import CORE_FUSIONS, CORE_OPS, AttentionGeometry, AttentionSpec, DeviceSpec
+from xllm_core.plugins import probes as probes_module
 from xllm_core.plugins.contracts.queries import AttentionQuery
 from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import Offer, PluginManager
+from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Assembly, Resolver, assemble
-from xllm_core.plugins.select import choose, run_probe, unfit_attention
+from xllm_core.plugins.select import choose, unfit_attention
 
 Install = Callable[..., list[str]]
 
@@ -164,7 +165,7 @@ def test_the_whole_plan_of_an_outside_plugin(install: Install) -> None:
     assert plan.model.name == "good/toy"
     assert plan.weight_format.name == "good/toy"
     assert {name: choice.name for name, choice in plan.ops.items()} == {name: f"good/{name}" for name in plan.ops}
-    assert len(plan.ops) == 8
+    assert set(plan.ops) == {*CORE_OPS, *CORE_FUSIONS} and plan.unused_fusions == ()
     assert [choice.name for choice in plan.attention.values()] == ["good/toy"]
     assert (plan.block_size, plan.dtype, plan.max_model_len) == (8, "float32", 128)
     assert plan.sampler.name == "good/greedy"
@@ -213,7 +214,7 @@ def test_a_probe_that_says_no_leaves_the_cpu_in_charge(
     """A reason, a crash and a hang, each in the log; it is an error only when pinned. Dies if probes run in this process."""
     install("good")
     monkeypatch.setenv("TOY_PROBE", answer)
-    monkeypatch.setattr(select_module, "PROBE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(probes_module, "TIMEOUT_S", 2.0)
     choice, facts = Resolver(Settings(), PluginManager.discover()).device()
     assert (choice.name, facts.kind) == ("core/reference", "reference")
     assert f"device good/toy is not used: {reason}" in caplog.text
@@ -225,8 +226,28 @@ def test_a_probe_that_says_no_leaves_the_cpu_in_charge(
 def test_a_probe_may_chatter_and_must_be_importable(install: Install) -> None:
     """Its answer is its last line; a probe that cannot be imported is a reason."""
     install("good")
-    assert run_probe("xllm_good.probe:probe") == ""
-    assert "No module named 'nowhere'" in run_probe("nowhere.at_all:probe")
+    with Probes(["xllm_good.probe:probe"]) as probes:
+        assert probes.answer("xllm_good.probe:probe") == ""
+        assert "No module named 'nowhere'" in probes.answer("nowhere.at_all:probe")
+
+
+def test_probes_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits until the other has begun. Dies if the second is started when the first has ended, as then neither says yes."""
+    (tmp_path / "meeting.py").write_text(
+        "import pathlib, sys, time\n"
+        "def wait(mine, other):\n"
+        "    here = pathlib.Path(__file__).parent\n"
+        "    (here / mine).touch()\n"
+        "    until = time.monotonic() + 20\n"
+        "    while not (here / other).exists():\n"
+        "        if time.monotonic() > until: return f'{other} never came'\n"
+        "        time.sleep(0.01)\n"
+        "def a(): return wait('a', 'b')\n"
+        "def b(): return wait('b', 'a')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Probes(["meeting:a", "meeting:b"]) as probes:
+        assert (probes.answer("meeting:a"), probes.answer("meeting:b")) == ("", "")
 
 
 def test_device_errors_carry_the_name_of_the_device(install: Install) -> None:

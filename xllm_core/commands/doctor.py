@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import click
@@ -80,15 +81,18 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    from xllm_core.plugins.manager import PluginManager, load_target
-    from xllm_core.plugins.select import probe_device
+    from xllm_core.config import Settings
+    from xllm_core.plugins.manager import PluginManager
+    from xllm_core.plugins.select import chosen, refusal, start_probes, unfit_device
 
-    for offer in PluginManager.discover().load().offers("xllm_devices"):
-        reason = probe_device(offer)
-        if reason:
+    offers = PluginManager.discover().load().offers("xllm_devices")
+    with start_probes(offers, Settings.from_tables({})) as probes:
+        reasons = {offer.name: refusal(offer, partial(unfit_device, probes=probes)) for offer in offers}
+    for offer in offers:
+        if reason := reasons[offer.name]:
             yield Finding("warn", f"device {offer.name}", f"not usable here: {reason}")
             continue
-        device = load_target(offer.spec.target, owner=offer.name)(0)
+        device = chosen(offer, "asked for a report").build(0)
         facts, memory = device.facts(), device.memory()
         detail = f"{facts.name}, {', '.join(facts.dtypes)}, {memory.free_bytes / 2**30:.1f} of {memory.total_bytes / 2**30:.1f} GiB free"
         is_enough = memory.free_bytes >= _MIN_FREE_BYTES

@@ -31,7 +31,7 @@ class SelfAttention:
                 parts.parameter(f"{name}.q_norm", (config.head_size,)),
                 parts.parameter(f"{name}.k_norm", (config.head_size,)),
             )
-        self._rotary, self._rope, self._norm = rotary, parts.op("rope"), parts.op("rms_norm")
+        self._rotary, self._norm = rotary, parts.op("rms_norm")
         self._attend = parts.attention(group, layer, **config.attention()[group])
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -42,8 +42,7 @@ class SelfAttention:
             q, k = (
                 self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True)
             )
-        q, k = self._rope(q, k, *self._rotary(ctx))
-        return self._output(self._attend(q, k, v, ctx))
+        return self._output(self._attend(q, k, v, ctx, self._rotary(ctx)))
 
 
 class GatedMlp:
@@ -52,13 +51,12 @@ class GatedMlp:
     def __init__(self, config: DenseConfig, parts: Parts, layer: int) -> None:
         hidden, inner, has_bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
         name = f"layers.{layer}"
-        self._gate_up = parts.linear(f"{name}.gate_up", hidden, 2 * inner, axis="column", has_bias=has_bias)
+        self._gate_up = parts.linear_silu_mul(f"{name}.gate_up", hidden, inner, has_bias=has_bias)
         self._down = parts.linear(f"{name}.down", inner, hidden, axis="row", has_bias=has_bias)
-        self._silu_mul = parts.op("silu_mul")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, hidden], normed. Returns [T, hidden]."""
-        return self._down(self._silu_mul(self._gate_up(x)))
+        return self._down(self._gate_up(x))
 
 
 class DecoderLayer:

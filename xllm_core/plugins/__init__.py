@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         Parts,
     )
     from xllm_core.plugins.contracts.observer import Observer, StepRecord
-    from xllm_core.plugins.contracts.ops import CORE_OPS, LinearOp
+    from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, LinearOp
     from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
     from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
     from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
@@ -108,6 +108,7 @@ _CONTRACTS = {
         "StepRecord",
     ),
     "ops": (
+        "CORE_FUSIONS",
         "CORE_OPS",
         "LinearOp",
     ),
@@ -142,6 +143,7 @@ _HOMES = {name: module for module, names in _CONTRACTS.items() for name in names
 
 __all__ = [
     "API_VERSION",
+    "CORE_FUSIONS",
     "CORE_OPS",
     "Attention",
     "AttentionGeometry",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from xllm_core.config import KINDS, Settings
 from xllm_core.config_sources import guess
@@ -12,18 +14,47 @@ from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import Choice
 from xllm_core.plugins.resolve import Resolver, assemble, describe_geometry
 
-_DEFAULT_HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "scale": 128**-0.5}
+FEATURES: Mapping[str, Any] = {"sliding_window": 4096, "soft_cap": 50.0}
+"""What attention can be asked for beyond its heads, and the value that stands in the question where only the feature matters."""
 
 
-def why(kind: str, settings: Settings, manager: PluginManager) -> str:
-    """Explain a kind of `[use]`, e.g. "attention" or "op.linear", for `[model] path` or, without a model, for a common geometry.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Attention to ask about where no model is given; the default is that of a common model of 8 billion parameters."""
 
-    Raises ConfigError for an unknown kind, and what assembly raises: a ResolutionError holds every rejection.
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    features: tuple[str, ...] = ()
+
+    def geometry(self) -> dict[str, Any]:
+        """As a model family tells it. Raises ConfigError for a feature that attention does not know."""
+        for feature in self.features:
+            if feature not in FEATURES:
+                raise ConfigError(
+                    f"unknown feature {feature!r}{guess(feature, FEATURES)}; attention can be asked for {', '.join(FEATURES)}"
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_kv_heads} KV heads do not divide {self.num_heads} query heads")
+        features = {name: FEATURES[name] for name in self.features}
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_size": self.head_size}
+        return {**heads, "scale": self.head_size**-0.5, **features}
+
+
+def why(kind: str, settings: Settings, manager: PluginManager, shape: Shape | None = None) -> str:
+    """Explain a kind of `[use]`, e.g. "attention" or "op.linear", for `[model] path` or, without a model, for a shape.
+
+    Raises ConfigError for an unknown kind or feature, and what assembly raises: a ResolutionError holds every rejection.
     """
     base = kind.partition(".")[0]
     if base not in KINDS:
         raise ConfigError(f"unknown kind {kind!r}{guess(kind, KINDS)}; kinds are {', '.join(KINDS)}")
-    found = _with_model(kind, settings, manager) if settings.model.path else _without_model(kind, settings, manager)
+    if settings.model.path and shape is not None:
+        raise ConfigError("a shape is asked about where no model is given: leave out the model, or the shape")
+    if settings.model.path:
+        found = _with_model(kind, settings, manager)
+    else:
+        found = _without_model(kind, settings, manager, shape)
     if not found:
         raise ConfigError(f"nothing is called {kind!r} here; ask for {base!r} to see all of them")
     return "\n".join(found)
@@ -41,10 +72,10 @@ def _with_model(kind: str, settings: Settings, manager: PluginManager) -> list[s
                 else ""
             )
             lines += [f"{name}{need}", *block(choice)]
-    return lines or [_none_chosen(kind)]
+    return [*lines, *_unused(kind, plan.unused_fusions)] or [_none_chosen(kind)]
 
 
-def _without_model(kind: str, settings: Settings, manager: PluginManager) -> list[str]:
+def _without_model(kind: str, settings: Settings, manager: PluginManager, shape: Shape | None) -> list[str]:
     resolver = Resolver(settings, manager)
     base, _, narrow = kind.partition(".")
     if base in ("model", "weight_format"):
@@ -68,16 +99,28 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager) -> lis
     if base == "sampler":
         return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":
-        names = [name for name in CORE_OPS if narrow in ("", name)]
-        return _joined((f"op.{name} on {facts.kind} in {dtype}", resolver.op(name, facts, dtype)) for name in names)
-    layout = resolver.layout({narrow or "full": _DEFAULT_HEADS}, facts, dtype)
+        ops = {name: resolver.op(name, facts, dtype) for name in CORE_OPS}
+        fusions, unused = resolver.fusions(ops, facts, dtype)
+        found = {name: choice for name, choice in (ops | fusions).items() if narrow in ("", name)}
+        lines = _joined((f"op.{name} on {facts.kind} in {dtype}", choice) for name, choice in found.items())
+        return [*lines, *_unused(kind, unused)]
+    layout = resolver.layout({narrow or "full": (shape or Shape()).geometry()}, facts, dtype)
+    note = "" if shape else " (no model given: a common shape)"
     return _joined(
-        (
-            f"attention for {describe_geometry(geometry, facts.kind)} (no model given: a common shape)",
-            layout.attention[group],
-        )
+        (f"attention for {describe_geometry(geometry, facts.kind)}{note}", layout.attention[group])
         for group, geometry in layout.geometry.items()
     )
+
+
+def _unused(kind: str, fusions: Iterable[tuple[str, str]]) -> list[str]:
+    """Fusions that are offered and not taken, where ops are asked about."""
+    if kind.partition(".")[0] != "op":
+        return []
+    return [
+        f"fusion not taken: {name}  {reason}"
+        for name, reason in fusions
+        if kind in ("op", f"op.{name.partition('/')[2]}")
+    ]
 
 
 def _none_chosen(kind: str) -> str:

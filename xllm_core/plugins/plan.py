@@ -83,7 +83,8 @@ class Choice:
 class AssemblyPlan:
     """Every decision of one engine. Frozen.
 
-    attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`. logits_processors: in the order of
+    attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, and per fusion that was taken;
+    unused_fusions: (name, reason) of the others. logits_processors: in the order of
     application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the dtype comes from.
     """
 
@@ -107,6 +108,7 @@ class AssemblyPlan:
     block_size: int
     kv_layout: str
     max_model_len: int
+    unused_fusions: tuple[tuple[str, str], ...]
     plugin_settings: Mapping[str, Mapping[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class AssemblyPlan:
                     },
                     **{name: {key: choice(c) for key, c in plain[name].items()} for name in ("ops", "attention")},
                     **{name: tuple(map(choice, plain[name])) for name in ("logits_processors", "observers")},
+                    "unused_fusions": tuple((name, reason) for name, reason in plain["unused_fusions"]),
                     "kv_store": choice(plain["kv_store"]) if plain["kv_store"] is not None else None,
                     "geometry": {key: AttentionGeometry(**entry) for key, entry in plain["geometry"].items()},
                 }

@@ -36,8 +36,10 @@ from xllm_core.plugins.select import (
     kv_offers,
     ranking,
     refusal,
+    start_probes,
     unfit_attention,
     unfit_device,
+    unfit_fusion,
     unfit_model,
     unfit_op,
     unfit_sampler,
@@ -90,6 +92,8 @@ def assemble(settings: Settings, manager: PluginManager) -> Assembly:
     shape = family.shape(config)
     dtype, dtype_reason = resolver.dtype(config, facts, model)
     layout = resolver.layout(family.attention(config), facts, dtype)
+    ops = {name: resolver.op(name, facts, dtype) for name in CORE_OPS}
+    fusions, unused_fusions = resolver.fusions(ops, facts, dtype)
     plan = AssemblyPlan(
         model_path=str(checkpoint.path),
         architecture=shape.architecture,
@@ -100,7 +104,7 @@ def assemble(settings: Settings, manager: PluginManager) -> Assembly:
         device_kind=facts.kind,
         weight_format=opened,
         model=model,
-        ops={name: resolver.op(name, facts, dtype) for name in CORE_OPS},
+        ops=ops | fusions,
         attention=layout.attention,
         geometry=layout.geometry,
         sampler=resolver.sampler(facts),
@@ -111,6 +115,7 @@ def assemble(settings: Settings, manager: PluginManager) -> Assembly:
         block_size=layout.block_size,
         kv_layout=layout.kv_layout,
         max_model_len=resolver.max_model_len(shape),
+        unused_fusions=unused_fusions,
         plugin_settings=manager.tables,
     )
     manager.lock()
@@ -144,7 +149,10 @@ class Resolver:
 
     def device(self) -> tuple[Choice, DeviceFacts]:
         """Accelerators whose probe answers, by rank; else the CPU. Why an accelerator is passed over is logged."""
-        choice = choose("device", self.offers("device"), self.settings, unfit_device, need="this machine", is_lazy=True)
+        offers = self.offers("device")
+        with start_probes(offers, self.settings) as probes:
+            unfit = partial(unfit_device, probes=probes)
+            choice = choose("device", offers, self.settings, unfit, need="this machine", is_lazy=True)
         for name, reason in choice.rejected:
             if not reason.startswith("not asked"):
                 _log.warning("device %s is not used: %s", name, reason)
@@ -299,6 +307,27 @@ class Resolver:
         query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
         need = f"{name} on {facts.kind} in {dtype}"
         return choose(f"op.{name}", offers, self.settings, partial(unfit_op, query=query), need=need, query=query)
+
+    def fusions(
+        self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str
+    ) -> tuple[dict[str, Choice], tuple[tuple[str, str], ...]]:
+        """Fusions to take instead of the ops chosen, by name; and (name, reason) of those that are offered and not taken."""
+        offers = [offer for offer in self.offers("op") if offer.spec.replaces]
+        taken: dict[str, Choice] = {}
+        unused: list[tuple[str, str]] = []
+        for name in sorted({offer.spec.op for offer in offers}):
+            query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
+            unfit = partial(unfit_fusion, query=query, ops=ops, offers=self.offers("op"), settings=self.settings)
+            named = [offer for offer in offers if offer.spec.op == name]
+            need = f"{name} on {facts.kind} in {dtype}"
+            try:
+                taken[name] = choose(f"op.{name}", named, self.settings, unfit, need=need, query=query)
+                unused += taken[name].rejected
+            except ResolutionError as error:
+                if f"op.{name}" in self.settings.use:
+                    raise
+                unused += error.rejections
+        return taken, tuple(unused)
 
     def sampler(self, facts: DeviceFacts) -> Choice:
         """The sampler for this device."""

@@ -5,11 +5,8 @@ A pin (`[use]`) is used or start-up stops. Otherwise, of those that fit: `[prefe
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
 from xllm_core.config import Settings
@@ -18,6 +15,7 @@ from xllm_core.errors import PluginConflictError, ResolutionError
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
 from xllm_core.plugins.manager import CORE, Offer, PluginManager
 from xllm_core.plugins.plan import Choice, describe, load_target
+from xllm_core.plugins.probes import Probes
 
 HOOK_OF_KIND = {
     "attention": "xllm_attention",
@@ -32,8 +30,6 @@ HOOK_OF_KIND = {
     "weight_format": "xllm_weight_formats",
 }
 """Which hook offers what `[use]` and `[prefer]` call a kind."""
-
-PROBE_TIMEOUT_S = 60.0
 
 _log = logging.getLogger("xllm_core.plugins")
 
@@ -186,19 +182,41 @@ def fits_anything(offer: Offer) -> str:
     return ""
 
 
-def unfit_device(offer: Offer) -> str:
+def unfit_device(offer: Offer, probes: Probes) -> str:
     """Why a device cannot be used here: what its probe says. A device without a probe is always there."""
-    return run_probe(offer.spec.probe) if offer.spec.probe else ""
+    return probes.answer(offer.spec.probe) if offer.spec.probe else ""
 
 
-def probe_device(offer: Offer) -> str:
-    """Why a device cannot be used here, missing modules included, or "". For reports; assembly asks through `choose`."""
-    return refusal(offer, unfit_device)
+def start_probes(offers: Iterable[Offer], settings: Settings) -> Probes:
+    """Start, together, the probes that a choice of device will ask: of all that have one and what it requires, or of the pinned one alone."""
+    pin = settings.use.get("device")
+    asked = [find_named(pin, list(offers), "[use] device")] if isinstance(pin, str) else offers
+    return Probes(offer.spec.probe for offer in asked if offer.spec.probe and not refusal(offer, fits_anything))
 
 
 def unfit_op(offer: Offer, query: OpQuery) -> str:
     """Why an op offer cannot serve on this device in this dtype."""
     return _reasons(device=(query.device_kind, offer.spec.devices), dtype=(query.dtype, offer.spec.dtypes))
+
+
+def unfit_fusion(
+    offer: Offer, query: OpQuery, ops: Mapping[str, Choice], offers: Sequence[Offer], settings: Settings
+) -> str:
+    """Why a fusion is not taken instead of the ops that were chosen. A pinned fusion gives way to nothing but another pin."""
+    if not settings.engine.fusions:
+        return "[engine] fusions = false"
+    if reason := unfit_op(offer, query):
+        return reason
+    ranks = {other.name: other.spec.rank for other in offers}
+    is_pinned = f"op.{query.op}" in settings.use
+    for name in offer.spec.replaces:
+        if (choice := ops.get(name)) is None:
+            return f"replaces {name!r}, which is no op of the core"
+        if f"op.{name}" in settings.use:
+            return f"replaces {name}, which [use] op.{name} pins to {choice.name}"
+        if ranks[choice.name] > offer.spec.rank and not is_pinned:
+            return f"rank {offer.spec.rank}; replaces {name}, for which {choice.name} has {ranks[choice.name]}"
+    return ""
 
 
 def unfit_sampler(offer: Offer, query: SamplerQuery) -> str:
@@ -240,32 +258,6 @@ def kv_offers(what: str, spec: object) -> str:
     """What a part offers of KV layouts and block sizes, for people. spec: anything with `layouts` and `block_sizes`."""
     layouts, sizes = (", ".join(map(str, sorted(getattr(spec, name)))) or "any" for name in ("layouts", "block_sizes"))
     return f"{what}: layouts {layouts}; block sizes {sizes}"
-
-
-def run_probe(target: str, *, timeout_s: float | None = None) -> str:
-    """Run a device's probe in a child process; returns why the device is not usable, or "". A crash or a hang is a reason too."""
-    timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
-    code = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
-        "from xllm_core.plugins.plan import load_target\n"
-        "answer = load_target(sys.argv[2], owner='probe')()\n"
-        "print('\\n' + json.dumps(answer))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(sys.path), target]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return f"its probe did not answer within {timeout_s:g} s"
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        ended = (
-            f"was killed by signal {-done.returncode}"
-            if done.returncode < 0
-            else f"ended with status {done.returncode}"
-        )
-        return f"its probe {ended}: {lines[-1]}"
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    return "" if answer is None else str(answer)
 
 
 def _order(offer: Offer, preferred: Sequence[str]) -> tuple[object, ...]:

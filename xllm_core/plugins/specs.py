@@ -70,7 +70,8 @@ class DeviceSpec(Spec):
 class OpSpec(Spec):
     """A named op for some devices. `target(device: DeviceBackend)` builds the callable that `contracts.ops` defines for `op`.
 
-    replaces: for a fusion, the ops it stands for; chosen only when the model asks for the fused name.
+    replaces: for a fusion, the ops it stands for, in order (`contracts.ops.CORE_FUSIONS`). It is taken where each of them would have been
+        chosen with no higher rank, and none of them is pinned; `[engine] fusions = false` leaves all of them out.
     """
 
     op: str

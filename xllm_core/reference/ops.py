@@ -135,6 +135,37 @@ class KvWrite:
             cache.flatten(0, 1).index_copy_(0, slots, tensor.to(cache.dtype))
 
 
+class LinearSiluMul:
+    """The fusion `linear_silu_mul`: what `silu_mul` makes of `linear`. The oracle of fusions; the core itself calls the two ops."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._linear, self._silu_mul = Linear(device), SiluMul(device)
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """weight: [2I, in], gate above up."""
+        return self._linear.prepare(weight, bias)
+
+    def __call__(self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """x: [T, in]. Returns [T, I]."""
+        return self._silu_mul(self._linear(x, prepared))
+
+
+class RopeKvWrite:
+    """The fusion `rope_kv_write`: rotate, then store. The oracle of fusions; the core itself calls the two ops."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._rope, self._write = Rope(device), KvWrite(device)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        caches: tuple[torch.Tensor, ...], slots: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """As `rope` and `kv_write`. Returns q rotated; k is rotated on its way into the cache."""
+        q, k = self._rope(q, k, cos, sin)
+        self._write((k, v), caches, slots)
+        return q
+
+
 class BlockCopy:
     """`block_copy`: whole blocks, for copy on write. All sources are read before any destination is written."""
 

@@ -82,9 +82,11 @@ class CoreParts:
             )
         return size // self.world_size
 
-    def op(self, name: str) -> Callable[..., Any]:
+    def op(self, name: str, *, unfused: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """A bound op."""
         if name not in self._ops:
+            if unfused is not None:
+                return unfused
             raise IntegrityError(f"the model asks for the op {name!r}, the plan holds {', '.join(sorted(self._ops))}")
         return self._ops[name]
 
@@ -102,6 +104,14 @@ class CoreParts:
         is_added_here = axis != "row" or self.rank == 0
         after = self._all_reduce if axis == "row" else _identity
         return self._bind(_BoundLinear(self.op("linear"), weight, bias if is_added_here else None, after))
+
+    def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Linear:
+        """By the fusion of that name where one was chosen, else by its two ops."""
+        weight = self._new_parameter(f"{name}.weight", (2 * inner, in_features), "column")
+        bias = self._new_parameter(f"{name}.bias", (2 * inner,), "column") if has_bias else None
+        if "linear_silu_mul" in self._ops:
+            return self._bind(_BoundLinear(self.op("linear_silu_mul"), weight, bias, _identity))
+        return self._bind(_BoundLinear(self.op("linear"), weight, bias, self.op("silu_mul")))
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """A table divided over the vocabulary."""
@@ -138,7 +148,8 @@ class CoreParts:
             )
         if (group, layer) in self._attentions:
             raise IntegrityError(f"layer {layer} asks twice for attention in KV group {group!r}")
-        bound = _BoundAttention(group, self._kernels[group], self.op("kv_write"))
+        store = self.op("rope_kv_write", unfused=_rope_then_write(self.op("rope"), self.op("kv_write")))
+        bound = _BoundAttention(group, self._kernels[group], self.op("kv_write"), store)
         self._attentions[group, layer] = bound
         return bound
 
@@ -182,6 +193,21 @@ def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _rope_then_write(rope: Callable[..., Any], kv_write: Callable[..., Any]) -> Callable[..., Any]:
+    """What the fusion `rope_kv_write` stands for."""
+
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        caches: tuple[torch.Tensor, ...], slots: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        rotated: torch.Tensor
+        rotated, k = rope(q, k, cos, sin)
+        kv_write((k, v), caches, slots)
+        return rotated
+
+    return call
+
+
 class _BoundLinear:
     """A linear map with its laid out weight."""
 
@@ -209,11 +235,20 @@ class _BoundAttention:
 
     segments: KVSegments
 
-    def __init__(self, group: str, kernel: AttentionKernel, kv_write: Callable[..., Any]) -> None:
-        self._group, self._kernel, self._kv_write = group, kernel, kv_write
+    def __init__(
+        self, group: str, kernel: AttentionKernel, kv_write: Callable[..., Any], rope_kv_write: Callable[..., Any]
+    ) -> None:
+        self._group, self._kernel, self._kv_write, self._rope_kv_write = group, kernel, kv_write, rope_kv_write
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        self._kv_write((k, v), self.segments.own, ctx.kv_slots[self._group])
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        caches, slots = self.segments.own, ctx.kv_slots[self._group]
+        if rope is None:
+            self._kv_write((k, v), caches, slots)
+        else:
+            q = self._rope_kv_write(q, k, v, *rope, caches, slots)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         self._kernel.run(q, self.segments, ctx.plans[self._group], out)
         return out.flatten(1)

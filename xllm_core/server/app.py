@@ -124,8 +124,9 @@ def _add_routes(app: FastAPI, state: ServerState) -> None:
     get("/version", routes.version, "The server's version")
     get("/metrics", routes.metrics, "For Prometheus")
     get("/load", routes.load, "Requests under way")
-    probes = (("/health", routes.health), ("/health/live", routes.live), ("/health/startup", routes.startup))
-    for path, handler in (*probes, ("/health/ready", routes.health), ("/ping", routes.health)):
+    probes = {"/health/live": routes.live, "/health/startup": routes.startup, "/version": routes.version}
+    probes |= dict.fromkeys(("/health", "/health/ready", "/ping"), routes.health)
+    for path, handler in probes.items():
         methods = ["HEAD", "POST"] if path == "/ping" else ["HEAD"]  # balancers ask so; some platforms post their ping
         app.add_api_route(path, handler, methods=methods, include_in_schema=False, response_class=JsonResponse)
     made = app.openapi

@@ -38,9 +38,7 @@ def main() -> None:
 async def compare(model: str, rounds: int, num_requests: int, max_num_seqs: int) -> dict[str, dict[str, float]]:
     """Policy -> median over rounds of the mean latency of all, of short and of long requests."""
     found: dict[str, list[dict[str, float]]] = {"core/fcfs": [], "example-sjf/sjf": []}
-    engines = {
-        policy: AsyncEngine(model, max_num_seqs=max_num_seqs, use={"scheduler": policy}) for policy in found
-    }
+    engines = {policy: AsyncEngine(model, max_num_seqs=max_num_seqs, use={"scheduler": policy}) for policy in found}
     for i in range(rounds):
         for policy, engine in engines.items():
             found[policy].append(await measure(engine, num_requests, seed=i))

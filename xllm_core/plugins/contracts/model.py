@@ -55,8 +55,18 @@ class Linear(Protocol):
 class Attention(Protocol):
     """Storing new KV and attending, for one layer."""
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """q [T, H, D], k and v [T, G, D], rotated. Returns [T, H * D]."""
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ctx: ForwardContext,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """q [T, H, D], k and v [T, G, D]. Returns [T, H * D].
+
+        rope: cos and sin, [T, R], by which q and k are still to be rotated (op `rope`, or a fusion of it with storing); None: they are.
+        """
 
 
 class Parts(Protocol):
@@ -70,14 +80,17 @@ class Parts(Protocol):
     def share(self, size: int) -> int:
         """This rank's part of a dimension that is divided; raises ConfigError when it does not divide evenly."""
 
-    def op(self, name: str) -> Callable[..., Any]:
-        """A bound op (`contracts.ops`). Called at construction only."""
+    def op(self, name: str, *, unfused: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """A bound op (`contracts.ops`). Called at construction only. unfused: what to take where no such fusion was chosen."""
 
     def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
         """A named parameter the loader fills (norm weights, small tables). `shape` is full; the tensor is this rank's share."""
 
     def linear(self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False) -> Linear:
         """A linear map with parameters `name.weight` [out, in] and, if asked, `name.bias` [out]. axis "column" divides out, "row" divides in."""
+
+    def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Linear:
+        """silu(gate(x)) * up(x), column-parallel: parameter `name.weight` holds gate above up, [2 * inner, in]. Returns [T, inner's share]."""
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """A table `name.weight`, divided over the vocabulary, summed over ranks."""

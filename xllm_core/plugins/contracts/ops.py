@@ -12,16 +12,33 @@ An op never keeps a tensor it was given beyond the call and, unless it says so, 
 | `silu_mul` | `(gate_up [T, 2I]) -> [T, I]` | silu(first half) * second half |
 | `kv_write` | `(new: tuple of [T, ...], caches: tuple of [B, S, ...], slots [T] int64) -> None` | stores in place; slot -1 is skipped |
 | `block_copy` | `(caches: tuple of [B, S, ...], src [N] int64, dst [N] int64) -> None` | copies whole blocks in place |
+
+Fusions stand for several ops in a row. A device may do without: `Parts` then calls the ops one after the other.
+
+| fusion | call | stands for |
+|---|---|---|
+| `linear_silu_mul` | `LinearOp` over stacked gate and up, returns [T, out / 2] | `silu_mul(linear(x))` |
+| `rope_kv_write` | `(q, k, v, cos, sin, caches: (k, v), slots) -> q rotated` | `q, k = rope(q, k, cos, sin)`, `kv_write((k, v), caches, slots)` |
+
+A plugin may fuse under names of its own, for models that ask for them: `Parts.op(name, unfused=...)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 CORE_OPS = ("linear", "embedding", "rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "block_copy")
+"""Every device brings these."""
+
+CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
+    "linear_silu_mul": ("linear", "silu_mul"),
+    "rope_kv_write": ("rope", "kv_write"),
+}
+"""What the core's models can have fused, and what each fusion replaces."""
 
 
 class LinearOp(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xllm_core.plugins import (
+    CORE_FUSIONS,
     CORE_OPS,
     AttentionSpec,
     CommandSpec,
@@ -38,7 +39,12 @@ def xllm_devices() -> Iterable[DeviceSpec]:
 
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
-    """Its own linear; the rest are the reference, offered for the toy."""
+    """Its own linear and fusions; the rest are the reference, offered for the toy."""
+    for name, replaces in CORE_FUSIONS.items():
+        attribute = "".join(part.capitalize() for part in name.split("_"))
+        yield OpSpec(
+            name=name, op=name, target=f"xllm_good.ops:Toy{attribute}", devices=_TOY, dtypes=_DTYPES, rank=5, replaces=replaces
+        )  # fmt: skip
     yield OpSpec(name="linear", op="linear", target="xllm_good.ops:ToyLinear", devices=_TOY, dtypes=_DTYPES, rank=5)
     for op in set(CORE_OPS) - {"linear"}:
         attribute = "".join(part.capitalize() for part in op.split("_"))
