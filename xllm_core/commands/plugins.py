@@ -16,6 +16,7 @@ _SUMMARIES = {
     "disable": "Keep a plugin from being imported: edits the settings file.",
     "schema": "Print a commented sample of a plugin's settings.",
     "lock": "Write down which plugins are installed, for `--locked`.",
+    "new": "Write a plugin to start from.",
 }
 
 

@@ -108,7 +108,23 @@ def choose(
     if not fitting:
         raise ResolutionError(f"no {base} fits {need}; {len(offers)} offered", tuple(rejected))
     best, others = fitting[0], fitting[1:]
+    if base == "model":
+        _refuse_equals(kind, best, others, order)
     return chosen(best, _reason(best, others, order, prefer_kind), [offer.name for offer in others], rejected)
+
+
+def _refuse_equals(kind: str, best: Offer, others: Sequence[Offer], order: Sequence[str]) -> None:
+    """Two families for one architecture may answer differently, so a name must not decide: a rank, `[prefer]` or a pin does.
+
+    The core's own family gives way to a plugin's; neither is then an equal.
+    """
+    equals = [o for o in others if o.spec.rank == best.spec.rank and (o.plugin == CORE) == (best.plugin == CORE)]
+    if equals and best.name not in order:
+        names = " and ".join(offer.name for offer in (best, *equals))
+        architecture = kind.partition(".")[2]
+        raise PluginConflictError(
+            f'{architecture} is offered by {names}, with rank {best.spec.rank} each; say which: [use] "{kind}" = "{best.name}"'
+        )
 
 
 def ranking(kind: str, offers: Sequence[Offer], settings: Settings) -> tuple[list[Offer], list[str], str]:

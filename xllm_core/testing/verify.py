@@ -190,8 +190,10 @@ class Verifier:
 
     def preemption(self) -> Outcome:
         """A pool so small that sequences are thrown out and computed again."""
-        with self._engine(**self._tight()) as engine:
-            return Outcome(drive(engine, self._requests), engine.scheduler.stats.num_preemptions, "preemptions")
+        requests, expected = self._pressing()
+        with self._engine(**self._tight(len(requests))) as engine:
+            got = drive(engine, requests)
+            return Outcome(got, engine.scheduler.stats.num_preemptions, "preemptions", expected, requests)
 
     def host_store(self) -> Outcome:
         """KV goes to host memory, the device forgets it, and it comes back."""
@@ -256,8 +258,10 @@ class Verifier:
 
     def overlap_preemption(self) -> Outcome:
         """Sequences that give way while a row of theirs is computed."""
-        with self._overlapped(**self._tight()) as engine:
-            return Outcome(drive(engine, self._requests), num_wasted(engine), "rows of preempted sequences")
+        requests, expected = self._pressing()
+        with self._overlapped(**self._tight(len(requests))) as engine:
+            got = drive(engine, requests)
+            return Outcome(got, num_wasted(engine), "rows of preempted sequences", expected, requests)
 
     # ---- what rows share -------------------------------------------------------------------------------------------------------
 
@@ -270,11 +274,34 @@ class Verifier:
                     self._alone |= drive(engine, [replace(request, emitted=((), (), ()))])
         return several, self._alone
 
-    def _tight(self) -> dict[str, int]:
+    def _tight(self, max_num_seqs: int) -> dict[str, int]:
         """Settings under which sequences have to give way."""
+        return {"max_num_seqs": max_num_seqs, "num_blocks": self._num_tight_blocks(), "max_num_batched_tokens": 64}
+
+    def _num_tight_blocks(self) -> int:
         longest = max(self._scale.lengths) + self._scale.new_tokens
-        num_blocks = -(-longest // self._plan.block_size)
-        return {"max_num_seqs": len(self._requests), "num_blocks": num_blocks, "max_num_batched_tokens": 64}
+        return max(2, -(-longest // self._plan.block_size))
+
+    def _pressing(self) -> tuple[list[EngineRequest], Tokens]:
+        """Requests that outgrow a tight pool, and what the plain engine says to them.
+
+        Ours do where blocks are small. Where an answer fits into the block that its prompt has begun, nobody asks for another: there, as many
+        requests as the pool has blocks, each of which is about to fill its own.
+        """
+        size, new_tokens = self._plan.block_size, self._scale.new_tokens
+        if size <= new_tokens:
+            return self._requests, self.baseline
+        if size - 1 + new_tokens > self._plan.max_model_len:
+            raise NotApplicableError(f"no sequence of this model outgrows a block of {size} tokens")
+        assert self._plain is not None
+        pool = [token for request in self._requests for token in request.prompt_token_ids] * (1 + size)
+        first, requests = self._requests[0], list[EngineRequest]()
+        expected: Tokens = {}
+        for i in range(self._num_tight_blocks()):
+            prompt = tuple(pool[i : i + size - 1])
+            requests.append(replace(first, request_id=f"pressing-{i}", prompt_token_ids=prompt, seed=2000 + i))
+            expected |= drive(self._plain.engine, requests[-1:])
+        return requests, expected
 
     def _abort_mates(self, engine: Engine) -> Tokens:
         """Run the requests among as many others, and throw those out at random."""
