@@ -19,6 +19,7 @@ from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
+from xllm_core.reference.ops import RopeKvWrite
 
 KIND = "hostile"
 BLOCK_SIZE = 24
@@ -63,6 +64,14 @@ class HostileKvWrite:
         for tensor, cache in zip(new, caches, strict=True):
             size = cache.shape[2]
             cache[slots[kept] // size, :, slots[kept] % size] = tensor[kept].to(cache.dtype)
+
+
+class HostileRopeKvWrite(RopeKvWrite):
+    """The fusion `rope_kv_write` into [B, G, S, D]."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        super().__init__(device)
+        self._write = HostileKvWrite(device)  # type: ignore[assignment]
 
 
 class _Trap(ModuleType):

@@ -57,11 +57,11 @@ def sources(module: str) -> list[Path]:
 
 
 def private_imports(path: Path, door: Sequence[str]) -> Iterator[str]:
-    """ "LINE imports NAME" for each import of something of the core that is not public. door: names of `xllm_core` itself."""
-    is_test = path.name.startswith(("test_", "conftest")) or "tests" in path.parts
+    """FILE:LINE imports NAME, for each import of something of the core that is not public. door: names of `xllm_core` itself."""
+    is_test = path.name.startswith(("test_", "conftest")) or path.parent.name == "tests"
     allowed = (*PUBLIC, PUBLIC_IN_TESTS) if is_test else PUBLIC
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
-        names = []
+        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name != "xllm_core"]
         elif isinstance(node, ast.ImportFrom) and node.module == "xllm_core":
@@ -70,7 +70,7 @@ def private_imports(path: Path, door: Sequence[str]) -> Iterator[str]:
             names = [node.module]
         for name in names:
             if name.partition(".")[0] == "xllm_core" and not any(f"{name}.".startswith(f"{home}.") for home in allowed):
-                yield f"{path.name}:{node.lineno} imports {name}"
+                yield f"{path.name}:{getattr(node, 'lineno', 0)} imports {name}"
 
 
 def find_tampering(targets: Sequence[str]) -> list[str]:

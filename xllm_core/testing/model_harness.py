@@ -114,7 +114,7 @@ class Harness:
         if not all_logits:
             last = self.model.head(h[to_device(starts[1:].long() - 1)])
             return {row: last[index : index + 1] for index, row in enumerate(rows)}
-        return dict(zip(rows, self.model.head(h).split(query.tolist()), strict=True))
+        return dict(zip(rows, torch.split(self.model.head(h), query.tolist()), strict=True))
 
 
 class Ring:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from xllm_core.plugins.contracts import ops as contract
 from xllm_core.reference import ops as reference
 
 
@@ -165,11 +164,6 @@ OPS: Mapping[str, OpInputs] = {
 def oracle(op: str) -> Any:
     """The class that defines an op, or None where the reference has none."""
     return getattr(reference, "".join(part.capitalize() for part in op.split("_")), None)
-
-
-def known_fusions() -> Mapping[str, tuple[str, ...]]:
-    """Fusions that the contract defines: name -> what each replaces."""
-    return getattr(contract, "CORE_FUSIONS", {})
 
 
 def moved(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

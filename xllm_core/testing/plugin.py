@@ -87,6 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
     plugin_id = config.getoption("--xllm-plugin") or os.environ.get(VARIABLE)
     if not plugin_id:
         return
+    if getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("the conformance kit runs in one process, where devices are; leave out -n")
     os.environ.pop(VARIABLE, None)  # it is no setting, and settings refuse variables that they do not know
     kit = Kit(
         plugin_id, config=config.getoption("--xllm-config"), requires_device=config.getoption("--xllm-require-device")

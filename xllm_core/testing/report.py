@@ -18,7 +18,8 @@ STATIC = "static"
 class ComponentReport:
     """One part of a plugin ("attention core/paged"), or `STATIC`.
 
-    ran: cases that passed or failed and ran the part, rather than read what it declares. proven: sentence -> number of cases that showed it. failures: test -> why. skips: reason -> number of cases.
+    ran: cases that passed or failed and ran the part, rather than read what it declares. proven: sentence -> number of cases that
+    showed it. failures: test -> why. skips: reason -> number of cases.
     """
 
     name: str

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -127,7 +128,7 @@ class StoreBench:
         found = self.at_once("lookup()", lambda: self.index.lookup(keys))
         assert isinstance(found, Hit | Later | Miss), f"lookup() gives {found!r}"
         assert not isinstance(found, Hit) or 1 <= found.num_blocks <= len(keys), f"{found} of {len(keys)} keys"
-        return found  # type: ignore[no-any-return]
+        return found
 
     def settled(self, keys: Sequence[bytes]) -> int:
         """Blocks of a chain that are held, once the store knows."""
@@ -152,7 +153,7 @@ class StoreBench:
         for ticket, has_succeeded in self.at_once("poll()", self.mover.poll):
             assert ticket not in self.ended, f"ticket {ticket} ended twice"
             self.ended[ticket] = bool(has_succeeded)
-            self.at_once("finished()", lambda t=ticket, ok=has_succeeded: self.index.finished(t, ok))
+            self.at_once("finished()", partial(self.index.finished, ticket, has_succeeded))
 
     def end(self, ticket: int) -> bool:
         """Wait for a transfer; True if it succeeded."""

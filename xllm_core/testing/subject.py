@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xllm_core.config import Settings
@@ -13,8 +14,9 @@ from xllm_core.errors import PluginError
 from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.manager import Offer, PluginManager, PluginRecord
 from xllm_core.plugins.plan import Choice, describe
+from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Resolver
-from xllm_core.plugins.select import HOOK_OF_KIND, chosen, is_findable, probe_device
+from xllm_core.plugins.select import HOOK_OF_KIND, chosen, is_findable, refusal, unfit_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,7 +84,8 @@ class Subject:
     def device_of(self, offer: Offer) -> DeviceBackend | str:
         """The device that an offer builds, or why it cannot be used here. Probed and built once."""
         if offer.name not in self._devices:
-            reason = probe_device(offer)
+            with Probes([offer.spec.probe] if offer.spec.probe else []) as probes:
+                reason = refusal(offer, partial(unfit_device, probes=probes))
             try:
                 built = reason or chosen(offer, "under test").build(self.settings.device.index)
             except Exception as error:  # noqa: BLE001  whatever it is, it is the reason why nothing runs there
@@ -131,7 +134,9 @@ class Subject:
         from xllm_core.testing.model_harness import Machine
         from xllm_core.testing.paged import POISON
 
-        ops = {name: choice.build(device) for name, choice in self.choose_ops(device, dtype).items()}
+        chosen_ops = self.choose_ops(device, dtype)
+        fusions, _ = Resolver(self.settings, self.manager).fusions(chosen_ops, device.facts(), dtype)
+        ops = {name: choice.build(device) for name, choice in (chosen_ops | fusions).items()}
         layout = self.common_geometry(device, dtype).layout
         kernel = lambda backend, geometry: self.choose_attention(backend, geometry).build(backend, geometry)  # noqa: E731
         return Machine(device, ops, kernel, layout, POISON)

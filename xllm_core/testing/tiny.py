@@ -37,7 +37,8 @@ def write_tiny(config: Any, path: Path, *, seed: int = 0, dtype: str = "float32"
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    build: Any = transformers.AutoModelForCausalLM.from_config
+    model = build(config).to(getattr(torch, dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -51,4 +52,5 @@ def load_oracle(path: Path, dtype: str = "float32") -> Any:
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +11,9 @@ from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts
 from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.testing.plugin import Kit, kit_of
 from xllm_core.testing.subject import Part
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -133,7 +137,7 @@ def test_capture_equals_eager(part: Part, device: DeviceBackend) -> None:
     pytest.skip("no contract of graph capture exists yet, so no device can be asked to capture")
 
 
-def _dtype(device: DeviceBackend) -> object:
+def _dtype(device: DeviceBackend) -> torch.dtype:
     from xllm_core.runtime.dtypes import torch_dtype
 
     return torch_dtype(device.facts().dtypes[0])

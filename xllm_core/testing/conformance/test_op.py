@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS
 from xllm_core.plugins.contracts.queries import OpQuery
 from xllm_core.plugins.select import unfit_op
 from xllm_core.testing.plugin import Kit, kit_of
@@ -73,7 +73,9 @@ class Bound:
 
         from xllm_core.testing.op_inputs import flat, moved
 
-        to_device = lambda tensor: self.device.to_device(tensor.clone())  # noqa: E731
+        def to_device(tensor: torch.Tensor) -> torch.Tensor:
+            return self.device.to_device(tensor.clone())
+
         arguments = tuple(
             moved(argument, self._as_cache if i in self.inputs.caches else to_device)
             for i, argument in enumerate(call.arguments)
@@ -81,7 +83,7 @@ class Bound:
         before = [moved(argument, lambda tensor: tensor.clone()) for argument in arguments]
         with torch.inference_mode():
             if call.prepared is not None:
-                prepared = self.op.prepare(*(None if w is None else to_device(w) for w in call.prepared))
+                prepared = self.op.prepare(*moved(call.prepared, to_device))
                 answer = self.op(*arguments, prepared)
             else:
                 answer = self.op(*arguments)
@@ -176,19 +178,17 @@ def _first(tensor: torch.Tensor, count: int) -> torch.Tensor:
 @pytest.mark.spec_only
 def test_its_name_means_something(part: Part) -> None:
     """The op is one that the core defines, or a fusion of such."""
-    from xllm_core.testing.op_inputs import known_fusions
-
     spec = part.spec
     if spec.op in CORE_OPS:
         assert not spec.replaces, f"{spec.op!r} is an op of the core and no fusion; it replaces nothing"
         return
-    fusions = known_fusions()
+    fusions = CORE_FUSIONS
     assert spec.op in fusions or spec.replaces, (
         f"{spec.op!r} is no op of the core and replaces none, so no model ever asks for it; ops are {', '.join(CORE_OPS)}"
     )
     if spec.op in fusions:
-        assert not spec.replaces or tuple(spec.replaces) == tuple(fusions[spec.op]), (
-            f"{spec.op!r} stands for {', '.join(fusions[spec.op])}, the spec says {', '.join(spec.replaces)}"
+        assert spec.replaces == fusions[spec.op], (
+            f"{spec.op!r} stands for {', '.join(fusions[spec.op])}, the spec says {', '.join(spec.replaces) or 'nothing'}"
         )
     unknown = sorted(set(spec.replaces) - {*CORE_OPS, *fusions})
     assert not unknown, f"{spec.op!r} replaces {', '.join(unknown)}, which nobody defines"

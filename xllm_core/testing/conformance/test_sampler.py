@@ -9,7 +9,7 @@ A sampler that chooses by another rule on purpose is compared with its author's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,10 @@ def mixed(device: DeviceBackend, *, without: Sequence[str] = ()) -> tuple[torch.
         "temperature": choose(0.0, 0.3, 0.8, 1.5), "top_k": choose(0, 1, 5, 70, 1400).long(), "top_p": choose(1.0, 0.9, 0.3),
         "min_p": choose(0.0, 0.05, 0.5),
     }  # fmt: skip
-    on_device = {name: None if name in without else device.to_device(column) for name, column in columns.items()}
-    noise = {
+    on_device: dict[str, Any] = {
+        name: None if name in without else device.to_device(column) for name, column in columns.items()
+    }
+    noise: dict[str, Any] = {
         name: torch.randint(0, 1 << 40, (ROWS,), generator=generator) for name in ("seeds", "indices", "positions")
     }
     return logits, SamplingBatch(is_all_greedy=False, **on_device, **noise)
@@ -73,8 +75,14 @@ def mixed(device: DeviceBackend, *, without: Sequence[str] = ()) -> tuple[torch.
 
 def rows_of(batch: SamplingBatch, rows: Sequence[int]) -> SamplingBatch:
     """Some rows of a batch, in this order."""
-    columns = {name: getattr(batch, name) for name in COLUMNS}
-    return replace(batch, **{name: None if column is None else column[list(rows)] for name, column in columns.items()})
+    return changed(batch, lambda column: column[list(rows)])
+
+
+def changed(batch: SamplingBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> SamplingBatch:
+    """The batch with every column that it has changed."""
+    columns: dict[str, Any] = {name: getattr(batch, name) for name in COLUMNS}
+    made: dict[str, Any] = {name: None if column is None else change(column) for name, column in columns.items()}
+    return replace(batch, **made)
 
 
 def sample(sampler: Sampler, device: DeviceBackend, logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
@@ -155,9 +163,7 @@ def test_tokens_are_the_reference_s(
 
     logits, batch = mixed(device, without=without)
     oracle = (optional_fixture(request, "xllm_sampler_oracle") or GumbelSampler)(ReferenceDevice(0))
-    on_host = replace(
-        batch, **{name: None if (column := getattr(batch, name)) is None else column.cpu() for name in COLUMNS}
-    )
+    on_host = changed(batch, lambda column: column.cpu())
     wanted = sample(oracle, ReferenceDevice(0), logits, on_host)
     found = sample(sampler, device, logits, batch)
     assert on_host.temperature is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xllm_core.plugins import CORE_OPS, AttentionSpec, DeviceSpec, OpSpec, PluginInfo, hookimpl
+from xllm_core.plugins import CORE_FUSIONS, CORE_OPS, AttentionSpec, DeviceSpec, OpSpec, PluginInfo, hookimpl
 
 xllm_plugin = PluginInfo(id="hostile", xllm_api=">=0.1")
 
@@ -21,11 +21,18 @@ def xllm_devices() -> Iterable[DeviceSpec]:
 
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
-    """The reference's ops, but for the one that has to know the layout of the cache."""
+    """The reference's ops and fusions, but for those that have to know the layout of the cache."""
     for op in CORE_OPS:
         attribute = "".join(part.capitalize() for part in op.split("_"))
         target = f"{_HOME}:HostileKvWrite" if op == "kv_write" else f"xllm_core.reference.ops:{attribute}"
         yield OpSpec(name=op, op=op, target=target, devices=_DEVICES, dtypes=_DTYPES)
+    for fusion, target in (
+        ("linear_silu_mul", "xllm_core.reference.ops:LinearSiluMul"),
+        ("rope_kv_write", f"{_HOME}:HostileRopeKvWrite"),
+    ):
+        yield OpSpec(
+            name=fusion, op=fusion, target=target, devices=_DEVICES, dtypes=_DTYPES, replaces=CORE_FUSIONS[fusion]
+        )
 
 
 @hookimpl
