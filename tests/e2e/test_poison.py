@@ -10,7 +10,7 @@ from xllm_core.config import Settings
 from xllm_core.engine.build import BuiltEngine, build_engine
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.resolve import assemble
-from xllm_core.testing.verify import drive
+from xllm_core.testing.driving import drive
 from xllm_core.types import EngineRequest, SamplingParams, StepPlan
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.rig import VOCAB, Rig, request
 from xllm_core.engine.policy import Fcfs, Priority
+from xllm_core.testing.engine_rig import VOCAB, Rig, request
 from xllm_core.testing.fakes import expected_tokens
 from xllm_core.types import EngineRequest
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.engine.rig import VOCAB, Rig, request
 from tests.engine.test_engine_properties import workload
 from xllm_core.engine.build import plans_in_flight
 from xllm_core.engine.metrics import early_share
 from xllm_core.engine.scheduler import Scheduler
 from xllm_core.errors import EngineDeadError
 from xllm_core.plugins.contracts.kv import KVGroupSpec, KVTensorSpec
+from xllm_core.testing.engine_rig import VOCAB, Rig, request
 from xllm_core.testing.fakes import ChecksumWorker, FakeHandle, expected_tokens
 from xllm_core.types import StepPlan, StepResult
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.engine.rig import VOCAB, Rig, geometry, request
 from xllm_core.engine.engine import Engine
 from xllm_core.engine.executor import InProcessExecutor
 from xllm_core.engine.policy import Fcfs, Priority
@@ -23,6 +22,7 @@ from xllm_core.errors import (
 from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import Hit, Later, Miss
 from xllm_core.plugins.contracts.scheduler import SequenceView
+from xllm_core.testing.engine_rig import VOCAB, Rig, geometry, request
 from xllm_core.testing.fakes import ChecksumWorker, RecordingMover, expected_tokens
 from xllm_core.types import KVTransfer
 

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import re
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,25 +47,44 @@ def _one_line(text: str) -> str:
 
 
 def surface() -> dict[str, Any]:
-    """Each public name with what can break whoever uses it: fields with types and defaults, methods with signatures."""
-    return {name: _described(getattr(plugins, name)) for name in sorted(plugins.__all__)}
+    """Each public name, and each hook, with what can break whoever uses it: fields with types and defaults, attributes, signatures, values."""
+    names = {name: _described(getattr(plugins, name)) for name in sorted(plugins.__all__)}
+    return names | {name: str(inspect.signature(getattr(hookspecs, name))) for name in sorted(hookspecs.HOOKS)}
 
 
 def _described(value: Any) -> Any:
+    if typing.get_origin(value) is typing.Literal:
+        return f"Literal{sorted(typing.get_args(value))}"
+    if inspect.isfunction(value):
+        return str(inspect.signature(value))
     if not inspect.isclass(value):
-        return repr(value) if isinstance(value, str | tuple | frozenset) else str(type(value).__name__)
-    found: dict[str, Any] = {}
+        return repr(value) if isinstance(value, str | tuple | frozenset | dict) else str(type(value).__name__)
+    found: dict[str, Any] = {"bases": [base.__name__ for base in value.__bases__ if base is not object]}
     if dataclasses.is_dataclass(value):
+        is_keyword_only = all(entry.kw_only for entry in dataclasses.fields(value))
+        is_frozen = value.__dataclass_params__.frozen
+        found["is"] = [word for word, is_so in (("frozen", is_frozen), ("kw_only", is_keyword_only)) if is_so]
         found["fields"] = {
             entry.name: f"{entry.type}" + ("" if (default := _default(entry)) is None else f" = {default}")
             for entry in dataclasses.fields(value)
         }
-    methods = {
-        name: str(inspect.signature(member.fget if isinstance(member, property) else member))
-        for name, member in vars(value).items()
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
-    }
-    return found | ({"methods": methods} if methods else {})
+    elif annotations := inspect.get_annotations(value):
+        found["attributes"] = {name: str(kind) for name, kind in annotations.items() if not name.startswith("_")}
+    methods = {name: _signature(member) for name, member in vars(value).items() if _is_public_method(name, member)}
+    found["methods"] = methods
+    return {key: content for key, content in found.items() if content}
+
+
+def _is_public_method(name: str, member: Any) -> bool:
+    return (name == "__call__" or not name.startswith("_")) and (
+        inspect.isfunction(member) or isinstance(member, property)
+    )
+
+
+def _signature(member: Any) -> str:
+    if isinstance(member, property):
+        return f"property {inspect.signature(member.fget) if member.fget else ''}"
+    return str(inspect.signature(member))
 
 
 def _default(entry: dataclasses.Field[Any]) -> str | None:

@@ -1,13 +1,11 @@
 """Every declared parallel axis, cut in two and put together again, gives the same logits; a wrong declaration never goes unseen.
 
-Two threads are two ranks; a barrier joins what they hold. Nothing else of a distributed engine is needed for this proof.
+Two threads are two ranks (`xllm_core.testing.model_harness`). Nothing else of a distributed engine is needed for this proof.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,16 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_models import make_tiny
-from tests.models.harness import Harness
+from tests.meta.source import ROOT
 from xllm_core.errors import ConfigError, XllmError
 from xllm_core.models.llama import Llama, Mistral
 from xllm_core.models.qwen import Qwen2, Qwen3
+from xllm_core.models.transformers_fallback import TransformersFallback
 from xllm_core.plugins.contracts.model import Model, Parts
-from xllm_core.plugins.contracts.weights import Axis, Checkpoint, WeightMap
+from xllm_core.plugins.contracts.weights import Axis, WeightMap
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
+from xllm_core.testing.model_harness import Harness, run_ranks
 
-WORLD = 2
 TOKENS = torch.randint(0, 128, (17,), generator=torch.Generator().manual_seed(11)).tolist()
 CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "llama": (Llama, "llama", {"attention_bias": True, "mlp_bias": True}),
@@ -32,51 +31,9 @@ CASES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "mistral": (Mistral, "mistral", {"sliding_window": 5}),
     "qwen2": (Qwen2, "qwen2", {}),
     "qwen3": (Qwen3, "qwen3", {"attention_bias": True}),
+    "the fallback, as transformers' plan says": (TransformersFallback, "granite", {"attention_bias": True}),
+    "the fallback, tied": (TransformersFallback, "gemma3", {}),
 }
-
-
-class Ring:
-    """What ranks exchange: each lays down its tensor, all read all. A rank that dies breaks the barrier for the others."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(WORLD, timeout=20)
-        self._held: list[Any] = [None] * WORLD
-
-    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
-        self._held[rank] = tensor
-        self._barrier.wait()
-        everybody = list(self._held)
-        self._barrier.wait()
-        return everybody
-
-    def abort(self) -> None:
-        self._barrier.abort()
-
-
-def run_ranks(family: Any, checkpoint: Checkpoint) -> list[torch.Tensor]:
-    """Logits as each rank sees them."""
-    ring = Ring()
-
-    def run(rank: int) -> torch.Tensor:
-        try:
-            harness = Harness(
-                family, checkpoint, world_size=WORLD, rank=rank,
-                all_reduce=lambda tensor: sum(ring.exchange(rank, tensor)), all_gather=lambda tensor: torch.cat(ring.exchange(rank, tensor), -1),
-            )  # fmt: skip
-            return torch.cat([harness.step({0: TOKENS[:9]})[0], harness.step({0: TOKENS[9:]})[0]])
-        except BaseException:
-            ring.abort()
-            raise
-
-    with ThreadPoolExecutor(WORLD) as pool:
-        futures = [pool.submit(run, rank) for rank in range(WORLD)]
-        results, errors = [], []
-        for future in futures:
-            error = future.exception()
-            errors.append(error) if error is not None else results.append(future.result())
-    if errors:  # the rank that failed first, not the one that waited for it in vain
-        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +55,29 @@ def test_two_ranks_equal_one(checkpoint: Callable[[str], Any], name: str) -> Non
     """
     family = CASES[name][0]()
     whole = Harness(family, checkpoint(name)).step({0: TOKENS})[0]
-    for logits in run_ranks(family, checkpoint(name)):
+    for logits in run_ranks(family, checkpoint(name), TOKENS):
         assert logits.shape == whole.shape
         assert (logits - whole).abs().max() <= 1e-4
+
+
+def test_the_example_family_divides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo-2 norms queries over all heads, which a rank has only if it computes all of them. Killed by: declaring them divided."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "plugins" / "xllm-example-olmo2" / "src"))
+    from xllm_example_olmo2.olmo2 import Olmo2
+
+    opened = SafetensorsDirectory().open(make_tiny("olmo2", tmp_path))
+    assert opened is not None
+    whole = Harness(Olmo2(), opened).step({0: TOKENS})[0]
+    for logits in run_ranks(Olmo2(), opened, TOKENS):
+        assert (logits - whole).abs().max() <= 1e-4
+
+
+def test_what_the_fallback_cannot_divide_is_refused(tmp_path: Path) -> None:
+    """transformers' plan for OLMo-2 gathers in the middle of attention. Killed by: dividing the cache of heads that are computed whole."""
+    opened = SafetensorsDirectory().open(make_tiny("olmo2", tmp_path))
+    assert opened is not None
+    with pytest.raises(ConfigError, match="does not divide over 2 ranks"):
+        run_ranks(TransformersFallback(), opened, TOKENS)
 
 
 class Planted:
@@ -152,7 +129,7 @@ def test_a_wrong_axis_is_seen(checkpoint: Callable[[str], Any], name: str, param
     family = CASES[name][0]()
     whole = Harness(family, checkpoint(name)).step({0: TOKENS})[0]
     try:
-        outputs = run_ranks(Planted(family, param, axis), checkpoint(name))
+        outputs = run_ranks(Planted(family, param, axis), checkpoint(name), TOKENS)
     except (XllmError, RuntimeError, IndexError):
         return
     assert any(logits.shape != whole.shape or not torch.allclose(logits, whole, atol=1e-2) for logits in outputs)
@@ -163,4 +140,4 @@ def test_a_dimension_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     checkpoint = SafetensorsDirectory().open(make_tiny("llama", tmp_path, num_key_value_heads=1))
     assert checkpoint is not None
     with pytest.raises(ConfigError, match="does not divide over 2 ranks"):
-        run_ranks(Llama(), checkpoint)
+        run_ranks(Llama(), checkpoint, TOKENS)

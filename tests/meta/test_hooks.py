@@ -65,13 +65,14 @@ def test_the_public_surface() -> None:
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
         "API_VERSION", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis", "BatchLayout",
-        "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "DeviceBackend", "DeviceFacts", "DeviceSpec", "ForwardContext", "Hit",
-        "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec",
-        "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MemoryInfo",
-        "Miss", "Model", "ModelFamily", "ModelQuery", "ModelShape", "ModelSpec", "Observer", "ObserverSpec", "OpQuery", "OpSpec", "Parts",
-        "PluginContext", "PluginInfo", "ProcessorContext", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch",
-        "SchedulerPolicy", "SchedulerSpec", "SequenceView", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles",
-        "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "hookimpl",
+        "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec", "ForwardContext",
+        "Hit", "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec",
+        "KVTensorSpec", "KVTransfer", "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec",
+        "MemoryInfo", "Miss", "Model", "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "Observer",
+        "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "REFERENCE_ATTENTION",
+        "REFERENCE_OPS", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams", "SchedulerPolicy",
+        "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles", "WeightEntry",
+        "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "stream_keys",
     ]  # fmt: skip
 
 

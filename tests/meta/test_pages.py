@@ -28,5 +28,9 @@ def test_the_snapshot_sees_fields_methods_and_defaults() -> None:
     found = surface()
     assert found["AttentionSpec"]["fields"]["layouts"] == "tuple[str, ...] = ('BSGD',)"
     assert "ctx" not in found["KVStore"] and "index" in found["KVStore"]["methods"]
-    assert "plan" in found["AttentionKernel"]["methods"]
+    assert "plan" in found["AttentionKernel"]["methods"] and "__call__" in found["LinearOp"]["methods"]
+    assert found["SchedulerPolicy"]["attributes"]["is_static"] == "bool"
+    assert found["AttentionSpec"]["is"] == ["frozen", "kw_only"] and found["AttentionSpec"]["bases"] == ["Spec"]
+    assert "expert" in found["Axis"] and found["xllm_models"] == "(ctx: 'PluginContext') -> 'Iterable[ModelSpec]'"
+    assert found["gumbel"].startswith("(keys: ") and found["Checkpoint"]["methods"]["config"].startswith("property ")
     assert found["API_VERSION"] == "'0.1'"

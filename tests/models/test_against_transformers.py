@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_models import load_oracle
-from tests.models.harness import Harness
+from tests.models.mixed import logits_in_mixed_batches, random_prompts
 from xllm_core.models.llama import Llama, Mistral
 from xllm_core.models.qwen import Qwen2, Qwen3
 from xllm_core.plugins.contracts.model import ModelFamily
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
+from xllm_core.testing.model_harness import Harness
 
 FAMILIES: dict[str, type] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
-LENGTH, PREFILL = 41, 29
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -67,20 +67,10 @@ def test_logits(tiny: Callable[..., Path], name: str) -> None:
     """
     kind, overrides = CASES[name]
     path = tiny(kind, **overrides)
-    prompts = torch.randint(0, 128, (4, LENGTH), generator=torch.Generator().manual_seed(3))
+    prompts = random_prompts()
     with torch.no_grad():
         expected = load_oracle(path)(prompts).logits
-    harness = Harness(family_of(kind), open_directory(path))
-    logits: list[list[torch.Tensor]] = [[], [], [], []]
-    tokens = prompts.tolist()
-    done = [0, 0, 0, 0]
-    sizes = [lambda at: LENGTH, lambda at: 8, lambda at: 1, lambda at: 1 if at else PREFILL]
-    while min(done) < LENGTH:
-        new = {row: tokens[row][at : at + sizes[row](at)] for row, at in enumerate(done) if at < LENGTH}
-        for row, result in harness.step(new).items():
-            logits[row].append(result)
-            done[row] += len(result)
-    ours = torch.stack([torch.cat(rows) for rows in logits])
+    ours = logits_in_mixed_batches(Harness(family_of(kind), open_directory(path)), prompts)
     assert ours.dtype == torch.float32
     assert (ours - expected).abs().max() <= 1e-4
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import importlib_metadata
 import pytest
@@ -18,6 +21,7 @@ DISTS = Path(__file__).parent / "dists"
 ALONE = Path(__file__).parent / "alone"
 
 Install = Callable[..., list[str]]
+MakeDist = Callable[..., Path]
 
 
 def write_dist_info(dist: Path, site: Path) -> None:
@@ -58,20 +62,48 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
     before = set(sys.modules)
     yield do_install
+    forget(before)
+
+
+def forget(before: set[str]) -> None:
+    """Dummies that a test imported: the next one imports them anew."""
     for name in set(sys.modules) - before:
-        if name.startswith(
-            (
-                "xllm_good",
-                "xllm_twin",
-                "xllm_broken",
-                "xllm_unknown",
-                "xllm_wrong",
-                "xllm_too_new",
-                "xllm_exits",
-                "xllm_hangs",
-            )
-        ):
+        if name.startswith("xllm_") and name.partition(".")[0] not in ("xllm_core", "xllm_example_sjf"):
             del sys.modules[name]
+
+
+@pytest.fixture
+def make_dist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeDist]:
+    """make_dist("id", plugin source, {"file.py": source}): a distribution xllm-ID with package xllm_ID, visible here and in child processes.
+
+    The source of its plugin module gets `PluginInfo` and `hookimpl` from us. Returns the folder of the package.
+    """
+
+    def do_make(
+        plugin_id: str, plugin: str, others: Mapping[str, str] = MappingProxyType({}), *, requires: Sequence[str] = ("xllm-core>=0.1",),
+        api: str = ">=0.1",
+    ) -> Path:  # fmt: skip
+        dist = tmp_path / f"dist_{plugin_id}"
+        package = dist / "src" / f"xllm_{plugin_id}"
+        package.mkdir(parents=True)
+        head = f"from xllm_core.plugins import PluginInfo, hookimpl\nxllm_plugin = PluginInfo(id={plugin_id!r}, xllm_api={api!r})\n"
+        for name, source in {"__init__.py": "", "plugin.py": head + plugin, **others}.items():
+            (package / name).write_text(source)
+        (dist / "pyproject.toml").write_text(
+            f'[project]\nname = "xllm-{plugin_id}"\nversion = "1.0"\ndependencies = {json.dumps(list(requires))}\n'
+            f'[project.entry-points."xllm_core.plugins"]\n{plugin_id} = "xllm_{plugin_id}.plugin"\n'
+        )
+        write_dist_info(dist, dist / "site")
+        paths = [str(dist / "site"), str(dist / "src")]
+        for path in paths:
+            monkeypatch.syspath_prepend(path)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        importlib.invalidate_caches()
+        return package
+
+    before = set(sys.modules)
+    yield do_make
+    forget(before)
 
 
 @pytest.fixture

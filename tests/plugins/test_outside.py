@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,52 @@ def test_really_installed(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout == "hello from a plugin\n", done.stderr
+
+
+CALLED = {
+    "xllm_attention": ("xllm_core.reference.attention:ReferenceAttention", "run"),
+    "xllm_devices": ("xllm_good.device:ToyDevice", "facts"),
+    "xllm_kv_stores": ("xllm_core.kv.host_store:HostStore", "index"),
+    "xllm_logits_processors": ("xllm_good.sampling:Ban", "apply"),
+    "xllm_models": ("xllm_good.model:Toy", "build"),
+    "xllm_observers": ("xllm_good.observer:CountingObserver", "observe"),
+    "xllm_ops": ("xllm_good.ops:ToyLinear", "__call__"),
+    "xllm_samplers": ("xllm_good.sampling:GreedySampler", "sample"),
+    "xllm_schedulers": ("xllm_good.policy:Lifo", "order"),
+    "xllm_weight_formats": ("xllm_good.weights:ToyFormat", "open"),
+}
+"""What each hook's dummy is asked for while an engine runs. The targets of kernel and store are the core's, offered by the dummy."""
+
+
+def test_the_dummy_of_every_hook_is_called(
+    install: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only installed and resolved. Dies with a part that is chosen and never asked."""
+    from xllm_core import LLM, SamplingParams
+    from xllm_core.cli import main
+    from xllm_core.plugins.hookspecs import HOOKS
+    from xllm_core.plugins.plan import load_target
+
+    install("good")
+    calls: Counter[str] = Counter()
+
+    def spy(hook: str, owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: object, **kwargs: object) -> object:
+            calls[hook] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for hook, (target, name) in CALLED.items():
+        spy(hook, load_target(target, owner=hook), name)
+    assert main(["good", "hello"]) == 0 and capsys.readouterr().out == "hello from a plugin\n"
+    pins = {"kv_store": "good/host", "observers": ["good/count"], "scheduler": "good/lifo"}
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM("toy:1", use=pins, num_blocks=64, max_num_seqs=1) as llm:
+        llm.generate([{"prompt_token_ids": [3, 1, 4]}] * 3, params, use_tqdm=False)
+    assert {hook for hook, count in calls.items() if count} | {"xllm_cli"} == set(HOOKS)
 
 
 def test_every_part_of_it_works_in_a_real_engine(install: Install) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,22 @@ from xllm_core.errors import (
     PluginError,
     ResolutionError,
 )
-from xllm_core.plugins import CORE_FUSIONS, CORE_OPS, AttentionGeometry, AttentionSpec, DeviceSpec
+from xllm_core.plugins import (
+    CORE_FUSIONS,
+    CORE_OPS,
+    AttentionGeometry,
+    AttentionSpec,
+    DeviceSpec,
+    ModelQuery,
+    ModelSpec,
+)
 from xllm_core.plugins import probes as probes_module
 from xllm_core.plugins.contracts.queries import AttentionQuery
 from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Assembly, Resolver, assemble
-from xllm_core.plugins.select import choose, unfit_attention
+from xllm_core.plugins.select import choose, unfit_attention, unfit_model
 
 Install = Callable[..., list[str]]
 
@@ -76,6 +85,48 @@ def test_what_is_not_declared_is_denied(capabilities: dict[str, Any], changes: d
 
     geometry = replace(GEOMETRY, **changes)
     assert unfit_attention(offer("k", **capabilities), AttentionQuery(geometry=geometry, device_kind="cpu")) == reason
+
+
+def test_a_fallback_comes_after_every_family_that_names_the_architecture() -> None:
+    """Whatever its rank, and unasked: its check, which cannot be imported, would be the reason. Dies with ranks that decide, or a check that runs."""
+
+    def pick_model(architecture: str, **tables: Any) -> Any:
+        query = ModelQuery(architecture=architecture, device_kind="cpu", config={})
+        offers = [
+            Offer(
+                "a",
+                "xllm-a",
+                "1",
+                ModelSpec(name="any", target="a:b", check="nothing_there:check", is_fallback=True, rank=900),
+            ),
+            Offer("b", "xllm-b", "1", ModelSpec(name="own", target="a:b", architectures={"Own"}, rank=-5)),
+        ]
+        unfit = partial(unfit_model, query=query)
+        return choose(f"model.{architecture}", offers, Settings(**tables), unfit, need="a test", query=query)
+
+    choice = pick_model("Own")
+    assert (choice.name, choice.rejected) == ("b/own", (("a/any", "not asked: b/own comes first and answers"),))
+    with pytest.raises(
+        ResolutionError,
+        match="rejected a/any: its check failed: a/any: its target 'nothing_there:check' cannot be imported",
+    ):
+        pick_model("Other")
+    with pytest.raises(ResolutionError, match="a pin never falls back"):
+        pick_model("Own", use={"model": "a/any"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({}, "architectures is empty; name some, or set is_fallback"),
+        ({"is_fallback": True}, "a fallback needs `check`"),
+        ({"is_fallback": True, "check": "a:b", "architectures": {"Own"}}, "a fallback names no architectures"),
+    ],
+)
+def test_a_family_names_architectures_or_is_a_fallback(fields: dict[str, Any], problem: str) -> None:
+    """Refused when the spec is made. Dies if either half may be left out."""
+    with pytest.raises(ValueError, match=problem):
+        ModelSpec(name="m", target="a:b", **fields)
 
 
 def test_rank_then_others_before_the_core_then_name() -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from tests.fixtures.tiny_gguf import make_tiny_gguf
 from tests.fixtures.tiny_models import make_tiny
-from tests.models.harness import Harness
 from xllm_core.errors import ModelError
 from xllm_core.models.llama import Llama
 from xllm_core.runtime.formats.gguf_file import GGUF
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
+from xllm_core.testing.model_harness import Harness
 
 Damage = Callable[[Path], None]
 

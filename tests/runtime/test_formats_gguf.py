@@ -19,7 +19,6 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from tests.fixtures.tiny_gguf import make_tiny_gguf
 from tests.fixtures.tiny_models import load_oracle, make_tiny
-from tests.models.harness import Harness
 from xllm_core.errors import ModelError, ModelFormatError
 from xllm_core.models.llama import Llama
 from xllm_core.models.qwen import Qwen2, Qwen3
@@ -28,6 +27,7 @@ from xllm_core.runtime.formats.gguf_file import GGUF, GGUFCheckpoint
 from xllm_core.runtime.formats.gguf_quants import unpack
 from xllm_core.runtime.formats.package import Package
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
+from xllm_core.testing.model_harness import Harness
 
 PACKED = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
 TOKENS = torch.randint(0, 128, (19,), generator=torch.Generator().manual_seed(2)).tolist()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.harness import built_ops
 from xllm_core.errors import IntegrityError, WeightMismatchError
 from xllm_core.plugins.contracts.weights import TensorInfo, TokenizerFiles, WeightEntry, WeightMap
 from xllm_core.reference.device import ReferenceDevice
 from xllm_core.runtime.loader import LoadReport, load_weights
 from xllm_core.runtime.parts import CoreParts
+from xllm_core.testing.model_harness import built_ops
 
 
 class InMemory:

@@ -49,6 +49,14 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
     assert all(row.activity > 0 and row.num_tokens > 0 for row in report.rows)
 
 
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_large_blocks_are_outgrown_too(model: str, block_size: int) -> None:
+    """Where an answer fits into the block that its prompt has begun, preemption needs prompts that nearly fill one. Dies without them."""
+    rows = ("preemption", "overlap, preemption")
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 26, block_size=block_size).run(only=rows)
+    assert [row.activity > 0 for row in report.rows] == [True, True] and report.has_passed
+
+
 # ---- planted bugs: each turns its row red ---------------------------------------------------------------------------------------
 
 

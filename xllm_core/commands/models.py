@@ -25,6 +25,8 @@ def command(model: str | None, is_json: bool, **flags: Any) -> None:
             {
                 "name": o.name,
                 "architectures": sorted(o.spec.architectures),
+                "is_fallback": o.spec.is_fallback,
+                "summary": o.spec.summary,
                 "dtypes": sorted(o.spec.dtypes),
                 "distribution": f"{o.distribution} {o.version}",
             }
@@ -34,9 +36,8 @@ def command(model: str | None, is_json: bool, **flags: Any) -> None:
             click.echo(json.dumps(families))
             return
         for family in families:
-            click.echo(
-                f"{family['name']:<16} {', '.join(family['architectures'])}  ({family['distribution']}; {', '.join(family['dtypes'])})"
-            )
+            serves = ", ".join(family["architectures"]) or f"any other that its check accepts ({family['summary']})"
+            click.echo(f"{family['name']:<17} {serves}  ({family['distribution']}; {', '.join(family['dtypes'])})")
         return
     facts = _facts(settings, manager)
     if is_json:
@@ -60,6 +61,7 @@ def _facts(settings: Any, manager: Any) -> dict[str, Any]:
         num_parameters += size
     return {
         "path": str(plan.model_path), "format": plan.weight_format.name, "architecture": plan.architecture, "family": plan.model.name,
+        "why": plan.model.reason,
         "layers": shape.num_layers, "hidden": shape.hidden_size, "vocabulary": shape.vocab_size, "parameters": num_parameters,
         "context": plan.max_model_len, "dtype": plan.dtype, "device": plan.device.name,
         "attention": {group: choice.name for group, choice in plan.attention.items()},

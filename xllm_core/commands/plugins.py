@@ -10,11 +10,13 @@ _SUMMARIES = {
     "list": "List every plugin found and its state.",
     "show": "Show one plugin: where it comes from and what it offers.",
     "why": "Explain which part is chosen, and why the others are not.",
+    "check": "Run the conformance kit on a plugin.",
     "doctor": "Load every plugin apart from the others, and say what to mend.",
     "enable": "Let a plugin take part: edits the settings file.",
     "disable": "Keep a plugin from being imported: edits the settings file.",
     "schema": "Print a commented sample of a plugin's settings.",
     "lock": "Write down which plugins are installed, for `--locked`.",
+    "new": "Write a plugin to start from.",
 }
 
 

@@ -1,4 +1,4 @@
-"""The surface that plugins import, and the only one: hooks, specs, and the contracts that their targets build.
+"""The surface that plugins import, and the only one: hooks, specs, the contracts that their targets build, and the words those speak.
 
 A plugin is a distribution with one entry point in group `xllm_core.plugins`, whose module holds `xllm_plugin = PluginInfo(...)` and
 functions marked `@hookimpl` that return specs. Importing this package loads no torch, and a contract only when it is named: plugin
@@ -30,6 +30,7 @@ from xllm_core.plugins.specs import (
 )
 
 if TYPE_CHECKING:
+    from xllm_core.errors import ConfigError, ModelFormatError
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
     from xllm_core.plugins.contracts.kv import (
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
         Parts,
     )
     from xllm_core.plugins.contracts.observer import Observer, StepRecord
-    from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, LinearOp
+    from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, REFERENCE_ATTENTION, REFERENCE_OPS, LinearOp
     from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
     from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
     from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
         WeightFormat,
         WeightMap,
     )
+    from xllm_core.runtime.noise import gumbel, stream_keys
+    from xllm_core.types import KVTransfer, SamplingParams, SlotState
 
 _CONTRACTS = {
     "attention": (
@@ -110,6 +113,8 @@ _CONTRACTS = {
     "ops": (
         "CORE_FUSIONS",
         "CORE_OPS",
+        "REFERENCE_ATTENTION",
+        "REFERENCE_OPS",
         "LinearOp",
     ),
     "queries": (
@@ -139,12 +144,20 @@ _CONTRACTS = {
         "WeightMap",
     ),
 }
-_HOMES = {name: module for module, names in _CONTRACTS.items() for name in names}
+_ELSEWHERE = {
+    "xllm_core.errors": ("ConfigError", "ModelFormatError"),
+    "xllm_core.runtime.noise": ("gumbel", "stream_keys"),
+    "xllm_core.types": ("KVTransfer", "SamplingParams", "SlotState"),
+}
+_HOMES = {name: f"xllm_core.plugins.contracts.{module}" for module, names in _CONTRACTS.items() for name in names}
+_HOMES |= {name: module for module, names in _ELSEWHERE.items() for name in names}
 
 __all__ = [
     "API_VERSION",
     "CORE_FUSIONS",
     "CORE_OPS",
+    "REFERENCE_ATTENTION",
+    "REFERENCE_OPS",
     "Attention",
     "AttentionGeometry",
     "AttentionKernel",
@@ -154,6 +167,7 @@ __all__ = [
     "BatchLayout",
     "Checkpoint",
     "CommandSpec",
+    "ConfigError",
     "DeviceBackend",
     "DeviceFacts",
     "DeviceSpec",
@@ -168,6 +182,7 @@ __all__ = [
     "KVStoreQuery",
     "KVStoreSpec",
     "KVTensorSpec",
+    "KVTransfer",
     "KVView",
     "Later",
     "Layer",
@@ -179,6 +194,7 @@ __all__ = [
     "Miss",
     "Model",
     "ModelFamily",
+    "ModelFormatError",
     "ModelQuery",
     "ModelShape",
     "ModelSpec",
@@ -194,9 +210,11 @@ __all__ = [
     "SamplerQuery",
     "SamplerSpec",
     "SamplingBatch",
+    "SamplingParams",
     "SchedulerPolicy",
     "SchedulerSpec",
     "SequenceView",
+    "SlotState",
     "Spec",
     "StepRecord",
     "TensorInfo",
@@ -205,15 +223,17 @@ __all__ = [
     "WeightFormat",
     "WeightFormatSpec",
     "WeightMap",
+    "gumbel",
     "hookimpl",
+    "stream_keys",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """Import the contract that a public name belongs to, once."""
+    """Import the module that a public name belongs to, once."""
     if name not in _HOMES:
         raise AttributeError(f"module 'xllm_core.plugins' has no attribute {name!r}")
-    value: object = getattr(import_module(f"xllm_core.plugins.contracts.{_HOMES[name]}"), name)
+    value: object = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.ops import REFERENCE_ATTENTION, REFERENCE_OPS
 from xllm_core.plugins.hookspecs import hookimpl
 from xllm_core.plugins.specs import (
     AttentionSpec,
@@ -40,16 +40,8 @@ def xllm_devices() -> Iterable[DeviceSpec]:
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
     """The definition of every op: `rms_norm` is `xllm_core.reference.ops:RmsNorm`, and so on."""
-    for op in CORE_OPS:
-        attribute = "".join(part.capitalize() for part in op.split("_"))
-        yield OpSpec(
-            name=op,
-            op=op,
-            target=f"xllm_core.reference.ops:{attribute}",
-            devices=_REFERENCE,
-            dtypes=_DTYPES,
-            summary="the reference",
-        )
+    for op, target in REFERENCE_OPS.items():
+        yield OpSpec(name=op, op=op, target=target, devices=_REFERENCE, dtypes=_DTYPES, summary="the reference")
 
 
 @hookimpl
@@ -57,7 +49,7 @@ def xllm_attention() -> Iterable[AttentionSpec]:
     """Paged attention in plain PyTorch."""
     yield AttentionSpec(
         name="paged",
-        target="xllm_core.reference.attention:ReferenceAttention",
+        target=REFERENCE_ATTENTION,
         devices=_REFERENCE,
         dtypes=_DTYPES,
         features=frozenset({"sliding_window", "soft_cap"}),
@@ -67,7 +59,7 @@ def xllm_attention() -> Iterable[AttentionSpec]:
 
 @hookimpl
 def xllm_models() -> Iterable[ModelSpec]:
-    """Dense decoders."""
+    """Dense decoders, and for what nobody names transformers' own classes."""
     architectures = {
         "llama": ("xllm_core.models.llama:Llama", "LlamaForCausalLM"),
         "mistral": ("xllm_core.models.llama:Mistral", "MistralForCausalLM"),
@@ -76,6 +68,14 @@ def xllm_models() -> Iterable[ModelSpec]:
     }
     for name, (target, architecture) in architectures.items():
         yield ModelSpec(name=name, target=target, architectures=frozenset({architecture}))
+    yield ModelSpec(
+        name="transformers",
+        target="xllm_core.models.transformers_fallback:TransformersFallback",
+        check="xllm_core.models.transformers_fallback:check",
+        requires=("transformers",),
+        is_fallback=True,
+        summary="fallback: transformers' own code, our paged KV",
+    )
 
 
 @hookimpl

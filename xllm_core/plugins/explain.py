@@ -81,7 +81,8 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
     if base in ("model", "weight_format"):
         lines = [f"{base}: depends on the model; add --model"]
         for offer in resolver.offers(base):
-            serves = ", ".join(sorted(offer.spec.architectures)) if base == "model" else offer.spec.summary
+            serves = ", ".join(sorted(offer.spec.architectures)) if base == "model" else ""
+            serves = serves or offer.spec.summary
             lines.append(f"  offered  {offer.name}  {serves}")
         return lines
     if base in ("logits_processors", "observers"):

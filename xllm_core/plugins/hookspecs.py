@@ -101,8 +101,8 @@ def xllm_models(ctx: PluginContext) -> Iterable[ModelSpec]:  # type: ignore[empt
     Args:
         ctx: the plugin's validated settings and the core's, as plain data.
 
-    Returns: one spec per family.
-    Errors: an architecture that nobody offers is refused by name, with the known ones beside it.
+    Returns: one spec per family, or a fallback (`is_fallback`) for architectures that no family names.
+    Errors: an architecture that nobody offers is refused by name, with the known ones and each fallback's reason beside it.
 
     Example::
 

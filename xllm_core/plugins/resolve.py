@@ -33,6 +33,7 @@ from xllm_core.plugins.select import (
     chosen,
     find_named,
     fits_anything,
+    is_fallback,
     kv_offers,
     ranking,
     refusal,
@@ -200,18 +201,25 @@ class Resolver:
             raise ModelError(
                 f"the model's configuration names no architecture (`architectures` is {named!r}), so no family can be chosen"
             )
-        architecture = str(named[0])
-        known = sorted({name for offer in self.offers("model") for name in offer.spec.architectures})
-        if architecture not in known:
+        architecture, offers = str(named[0]), self.offers("model")
+        query = ModelQuery(architecture=architecture, device_kind=facts.kind, config=config)
+        try:
+            choice = choose(
+                f"model.{architecture}", offers, self.settings, partial(unfit_model, query=query),
+                need=f"{architecture} on {facts.kind}", query=query,
+            )  # fmt: skip
+        except ResolutionError as error:
+            known = sorted({name for offer in offers for name in offer.spec.architectures})
+            if architecture in known or {"model", f"model.{architecture}"} & self.settings.use.keys():
+                raise
+            fallbacks = {offer.name for offer in offers if is_fallback(offer)}
+            reasons = "".join(
+                f"\n  {name} cannot serve it: {reason}" for name, reason in error.rejections if name in fallbacks
+            )
             raise ModelError(
                 f"architecture {architecture!r} is not known{guess(architecture, known)}; known are {', '.join(known)}."
-                " A plugin may bring it: see `xllm plugins list`"
-            )
-        query = ModelQuery(architecture=architecture, device_kind=facts.kind, config=config)
-        choice = choose(
-            f"model.{architecture}", self.offers("model"), self.settings, partial(unfit_model, query=query),
-            need=f"{architecture} on {facts.kind}", query=query,
-        )  # fmt: skip
+                f" A plugin may bring it: see `xllm plugins list`{reasons}"
+            ) from error
         return choice, load_family(choice)
 
     def dtype(self, config: Mapping[str, Any], facts: DeviceFacts, model: Choice) -> tuple[str, str]:

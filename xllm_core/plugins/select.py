@@ -49,7 +49,7 @@ def narrowed(kind: str, offers: Iterable[Offer]) -> list[Offer]:
     if base == "op" and narrow:
         return [offer for offer in offers if offer.spec.op == narrow]
     if base == "model" and narrow:
-        return [offer for offer in offers if narrow in offer.spec.architectures]
+        return [offer for offer in offers if narrow in offer.spec.architectures or offer.spec.is_fallback]
     return list(offers)
 
 
@@ -94,12 +94,12 @@ def choose(
             raise ResolutionError(
                 f"[use] {pin_kind} = {pin!r} cannot serve {need}, and a pin never falls back", ((offer.name, reason),)
             )
-        return chosen(offer, f"pinned by [use] {pin_kind}")
+        return chosen(offer, f"pinned by [use] {pin_kind}{_mark(offer)}")
     ranked, order, prefer_kind = ranking(kind, offers, settings)
     fitting: list[Offer] = []
     rejected: list[tuple[str, str]] = []
     for offer in ranked:
-        if is_lazy and fitting:
+        if fitting and (is_lazy or is_fallback(offer)):
             rejected.append((offer.name, f"not asked: {fitting[0].name} comes first and answers"))
         elif reason := refusal(offer, unfit, query):
             rejected.append((offer.name, reason))
@@ -108,7 +108,24 @@ def choose(
     if not fitting:
         raise ResolutionError(f"no {base} fits {need}; {len(offers)} offered", tuple(rejected))
     best, others = fitting[0], fitting[1:]
-    return chosen(best, _reason(best, others, order, prefer_kind), [offer.name for offer in others], rejected)
+    if base == "model":
+        _refuse_equals(kind, best, others, order)
+    reason = f"{_reason(best, others, order, prefer_kind)}{_mark(best)}"
+    return chosen(best, reason, [offer.name for offer in others], rejected)
+
+
+def _refuse_equals(kind: str, best: Offer, others: Sequence[Offer], order: Sequence[str]) -> None:
+    """Two families for one architecture may answer differently, so a name must not decide: a rank, `[prefer]` or a pin does.
+
+    The core's own family gives way to a plugin's; neither is then an equal.
+    """
+    equals = [o for o in others if o.spec.rank == best.spec.rank and (o.plugin == CORE) == (best.plugin == CORE)]
+    if equals and best.name not in order:
+        names = " and ".join(offer.name for offer in (best, *equals))
+        architecture = kind.partition(".")[2]
+        raise PluginConflictError(
+            f'{architecture} is offered by {names}, with rank {best.spec.rank} each; say which: [use] "{kind}" = "{best.name}"'
+        )
 
 
 def ranking(kind: str, offers: Sequence[Offer], settings: Settings) -> tuple[list[Offer], list[str], str]:
@@ -165,7 +182,7 @@ def chosen(offer: Offer, reason: str, eligible: Iterable[str] = (), rejected: It
 
 def refusal(offer: Offer, unfit: Callable[[Offer], str], query: object = None) -> str:
     """Why an offer cannot serve, or nothing: modules it requires first, as a probe may need them; its own `check` last, as it runs code."""
-    missing = [name for name in offer.spec.requires if not _is_findable(name)]
+    missing = [name for name in offer.spec.requires if not is_findable(name)]
     if missing:
         return f"needs module {_list(missing)}, not installed"
     if (reason := unfit(offer)) or offer.spec.check is None:
@@ -226,7 +243,7 @@ def unfit_sampler(offer: Offer, query: SamplerQuery) -> str:
 
 def unfit_model(offer: Offer, query: ModelQuery) -> str:
     """Why a family cannot serve this architecture here."""
-    if query.architecture not in offer.spec.architectures:
+    if query.architecture not in offer.spec.architectures and not is_fallback(offer):
         return f"serves {_list(offer.spec.architectures)}"
     return _reasons(device=(query.device_kind, offer.spec.devices)) if offer.spec.devices else ""
 
@@ -260,18 +277,30 @@ def kv_offers(what: str, spec: object) -> str:
     return f"{what}: layouts {layouts}; block sizes {sizes}"
 
 
+def is_fallback(offer: Offer) -> bool:
+    """Whether an offer is for what nobody else serves (`ModelSpec.is_fallback`)."""
+    return getattr(offer.spec, "is_fallback", False)
+
+
+def _mark(offer: Offer) -> str:
+    return f"; {offer.spec.summary or 'fallback'}" if is_fallback(offer) else ""
+
+
 def _order(offer: Offer, preferred: Sequence[str]) -> tuple[object, ...]:
     place = preferred.index(offer.name) if offer.name in preferred else len(preferred)
-    is_fallback = not getattr(offer.spec, "is_accelerator", True)  # devices: a CPU after every accelerator
-    return (place, is_fallback, -offer.spec.rank, offer.plugin == CORE, offer.plugin, offer.spec.name)
+    # Devices: a CPU after every accelerator. Families: those that name no architecture after those that do.
+    is_last = not getattr(offer.spec, "is_accelerator", True) or is_fallback(offer)
+    return (place, is_last, -offer.spec.rank, offer.plugin == CORE, offer.plugin, offer.spec.name)
 
 
 def _reason(best: Offer, others: Sequence[Offer], order: Sequence[str], kind: str) -> str:
     if best.name in order:
         return f"first that fits in [prefer] {kind}"
     if not others:
-        return "the only one that fits"
+        return "no family that names the architecture fits" if is_fallback(best) else "the only one that fits"
     second = others[0]
+    if is_fallback(best) != is_fallback(second):
+        return f"it names the architecture, {second.name} is a fallback"
     if best.spec.rank != second.spec.rank:
         return f"rank {best.spec.rank}, before {second.name} with {second.spec.rank}"
     is_by_plugin = best.plugin != CORE and second.plugin == CORE
@@ -290,7 +319,8 @@ def _list(names: Iterable[object]) -> str:
     return ", ".join(sorted(str(name) for name in names)) or "nothing"
 
 
-def _is_findable(module: str) -> bool:
+def is_findable(module: str) -> bool:
+    """Whether a module could be imported; a submodule's package is imported to know."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package above it is missing

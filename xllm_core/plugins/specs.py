@@ -98,11 +98,28 @@ class AttentionSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec(Spec):
-    """A model family. `target` is a `ModelFamily`. architectures: names as in config.json's `architectures`."""
+    """A model family. `target` is a `ModelFamily`. architectures: names as in config.json's `architectures`.
 
-    architectures: frozenset[str]
+    is_fallback: serves architectures that nobody names, so `architectures` is empty and `check` says which it cannot. It comes after every
+    family that names the architecture, whatever the ranks, and is not asked where one of them fits; `why` marks what it serves.
+    """
+
+    architectures: frozenset[str] = frozenset()
     dtypes: frozenset[str] = frozenset({"float32", "bfloat16"})
     devices: frozenset[str] = frozenset()
+    is_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that either architectures are named, or it is a fallback that can say no."""
+        Spec.__post_init__(self)
+        if self.is_fallback and self.architectures:
+            raise ValueError(
+                f"{self.name}: a fallback names no architectures, it serves what nobody names; here are {sorted(self.architectures)}"
+            )
+        if self.is_fallback and self.check is None:
+            raise ValueError(f"{self.name}: a fallback needs `check`, which says what it cannot serve")
+        if not self.is_fallback and not self.architectures:
+            raise ValueError(f"{self.name}: architectures is empty; name some, or set is_fallback")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,11 +69,9 @@ class ReferenceAttention:
     def run(self, q: torch.Tensor, kv: KVSegments, plan: list[RowGroup], out: torch.Tensor) -> None:
         """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]."""
         num_kv_heads, head_size = self._geometry.num_kv_heads, self._geometry.head_size
-        keys, values = (cache.view(-1, num_kv_heads * head_size) for cache in kv.own)
         for group in plan:
             shape = (group.num_rows, group.num_keys, num_kv_heads, head_size)
-            k = keys.index_select(0, group.slots).view(shape).transpose(1, 2)
-            v = values.index_select(0, group.slots).view(shape).transpose(1, 2)
+            k, v = (self._gather(cache, group.slots).view(shape).transpose(1, 2) for cache in kv.own)
             grouped = q[group.tokens].view(-1, num_kv_heads, self._group_size, head_size)
             if group.num_queries == 1:
                 # The heads that share keys become query positions: [R, G, heads per group, D].
@@ -83,6 +81,10 @@ class ReferenceAttention:
                 k, v = (tensor.expand(self._group_size, -1, -1, -1) for tensor in (k, v))
                 attended = self._attend(grouped.permute(2, 1, 0, 3), k, v, group)
                 out[group.tokens] = attended.permute(2, 1, 0, 3).reshape(group.num_queries, -1, head_size)
+
+    def _gather(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """What lies in these slots: [N, G * D]. The only place that knows the layout."""
+        return cache.view(-1, self._geometry.num_kv_heads * self._geometry.head_size).index_select(0, slots)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: RowGroup) -> torch.Tensor:
         scale, soft_cap = self._geometry.scale, self._geometry.soft_cap

@@ -108,16 +108,22 @@ def _check_coverage(entries: Sequence[WeightEntry], parameters: Mapping[str, Par
         parameter = parameters.get(entry.param)
         if parameter is None:
             raise IntegrityError(f"the weight map fills {entry.param!r}, which the model did not ask for")
-        count = parameter.shape[0] if entry.rows is None else entry.rows[1]
-        if (count, *parameter.shape[1:]) != entry.shape or entry.axis != parameter.axis:
+        count = _num_rows(parameter) if entry.rows is None else entry.rows[1]
+        filled_shape = parameter.shape if entry.rows is None else (count, *parameter.shape[1:])
+        if filled_shape != entry.shape or entry.axis != parameter.axis:
             raise IntegrityError(
                 f"the weight map gives {entry.name!r} shape {entry.shape} and axis {entry.axis!r}; it fills {count} rows of"
                 f" {entry.param!r}, which has shape {parameter.shape} and axis {parameter.axis!r}"
             )
         filled[entry.param] += count
     for name, count in filled.items():
-        if count != parameters[name].shape[0]:
-            raise IntegrityError(f"the weight map fills {count} of {parameters[name].shape[0]} rows of {name!r}")
+        if count != _num_rows(parameters[name]):
+            raise IntegrityError(f"the weight map fills {count} of {_num_rows(parameters[name])} rows of {name!r}")
+
+
+def _num_rows(parameter: Parameter) -> int:
+    """A single number is one row."""
+    return parameter.shape[0] if parameter.shape else 1
 
 
 def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CoreParts) -> None:

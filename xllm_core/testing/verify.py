@@ -12,7 +12,6 @@ engine then goes on from the token that was taken, and the rest is compared with
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,12 @@ from typing import Any
 from xllm_core.config import Settings
 from xllm_core.engine.build import BuiltEngine, build_engine
 from xllm_core.engine.engine import Engine
-from xllm_core.engine.executor import Executor, StepFuture, StepHandle
 from xllm_core.errors import XllmError
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import AssemblyPlan
 from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.testing.driving import Key, Tokens, drive, settle
 from xllm_core.testing.prose import PROSE
 from xllm_core.types import EngineRequest, SamplingParams, StepPlan, TokenOutput
 
@@ -34,9 +33,6 @@ MARGINS = {"float32": 1e-3, "bfloat16": 0.25}
 MIN_COMPARED = 0.9
 _ROUNDING = 1e-4  # of a difference of two float32 log probabilities
 _TEMPERATURE = 0.8
-
-Key = tuple[str, int]
-Tokens = dict[Key, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +116,7 @@ class Verifier:
         self._assembly: Assembly | None = None
         self._plain: BuiltEngine | None = None
         self._allowed = 0.0
-        self._baseline: Tokens = {}
+        self.baseline: Tokens = {}
         self._requests: list[EngineRequest] = []
         self._alone: Tokens = {}
 
@@ -129,12 +125,8 @@ class Verifier:
         unknown = set(only) - set(ROWS)
         if unknown:
             raise ValueError(f"no such rows: {sorted(unknown)}; rows are {', '.join(ROWS)}")
-        plain = self._plain = self._build(max_num_seqs=4, enable_prefix_cache=False)
+        plain = self.begin()
         facts = plain.loaded.device.facts()
-        self._allowed = 0.0 if facts.is_row_invariant else MARGINS[self._plan.dtype]
-        self._requests = self._make_requests()
-        for request in self._requests:
-            self._baseline |= drive(plain.engine, [request])
         report = Report(self._model, self._plan.dtype, facts.name, facts.is_row_invariant)
         for name, play in ROWS.items():
             if only and name not in only:
@@ -147,8 +139,27 @@ class Verifier:
                 row = Row(name, True, 0, 0, 0, "", not_applicable=str(error))
             report.rows.append(row)
             on_row(row)
-        plain.engine.close()
+        self.close()
         return report
+
+    def begin(self) -> BuiltEngine:
+        """The plain pass, which everything is compared with."""
+        plain = self._plain = self._build(max_num_seqs=4, enable_prefix_cache=False)
+        self._allowed = 0.0 if plain.loaded.device.facts().is_row_invariant else MARGINS[self._plan.dtype]
+        self._requests = self._make_requests()
+        for request in self._requests:
+            self.baseline |= drive(plain.engine, [request])
+        return plain
+
+    def judge(self, name: str, outcome: Outcome, margin: float) -> Row:
+        """What another engine said to the same requests, compared with the plain pass; near ties within `margin` are excused."""
+        self._allowed = margin
+        return self._compare(name, outcome)
+
+    def close(self) -> None:
+        """End the plain engine."""
+        if self._plain is not None:
+            self._plain.engine.close()
 
     # ---- rows: each drives an engine on which one feature is active, and counts what it did -------------------------------------
 
@@ -179,8 +190,10 @@ class Verifier:
 
     def preemption(self) -> Outcome:
         """A pool so small that sequences are thrown out and computed again."""
-        with self._engine(**self._tight()) as engine:
-            return Outcome(drive(engine, self._requests), engine.scheduler.stats.num_preemptions, "preemptions")
+        requests, expected = self._pressing()
+        with self._engine(**self._tight(len(requests))) as engine:
+            got = drive(engine, requests)
+            return Outcome(got, engine.scheduler.stats.num_preemptions, "preemptions", expected, requests)
 
     def host_store(self) -> Outcome:
         """KV goes to host memory, the device forgets it, and it comes back."""
@@ -200,7 +213,7 @@ class Verifier:
     def resume(self) -> Outcome:
         """Prompt plus the first half of the answer, as after a failover."""
         halves = {
-            r.request_id: said[: len(said) // 2] for r in self._requests if (said := self._baseline[r.request_id, 0])
+            r.request_id: said[: len(said) // 2] for r in self._requests if (said := self.baseline[r.request_id, 0])
         }
         resumed = [replace(r, emitted=(halves[r.request_id],)) for r in self._requests]
         with self._engine(max_num_seqs=len(self._requests)) as engine:
@@ -216,7 +229,7 @@ class Verifier:
         """Every sequence ends by a stop token, which is known when its next row is being computed already."""
         stopped, expected = [], {}
         for i, request in enumerate(self._requests):
-            said = self._baseline[request.request_id, 0]
+            said = self.baseline[request.request_id, 0]
             early = said[: (1 + i % 3) * len(said) // 4]  # not all at the same step
             stop = max(early, key=early.index)  # the last to come for the first time
             stopped.append(replace(request, params=replace(request.params, stop_token_ids=(stop,))))
@@ -245,8 +258,10 @@ class Verifier:
 
     def overlap_preemption(self) -> Outcome:
         """Sequences that give way while a row of theirs is computed."""
-        with self._overlapped(**self._tight()) as engine:
-            return Outcome(drive(engine, self._requests), num_wasted(engine), "rows of preempted sequences")
+        requests, expected = self._pressing()
+        with self._overlapped(**self._tight(len(requests))) as engine:
+            got = drive(engine, requests)
+            return Outcome(got, num_wasted(engine), "rows of preempted sequences", expected, requests)
 
     # ---- what rows share -------------------------------------------------------------------------------------------------------
 
@@ -259,11 +274,34 @@ class Verifier:
                     self._alone |= drive(engine, [replace(request, emitted=((), (), ()))])
         return several, self._alone
 
-    def _tight(self) -> dict[str, int]:
+    def _tight(self, max_num_seqs: int) -> dict[str, int]:
         """Settings under which sequences have to give way."""
+        return {"max_num_seqs": max_num_seqs, "num_blocks": self._num_tight_blocks(), "max_num_batched_tokens": 64}
+
+    def _num_tight_blocks(self) -> int:
         longest = max(self._scale.lengths) + self._scale.new_tokens
-        num_blocks = -(-longest // self._plan.block_size)
-        return {"max_num_seqs": len(self._requests), "num_blocks": num_blocks, "max_num_batched_tokens": 64}
+        return max(2, -(-longest // self._plan.block_size))
+
+    def _pressing(self) -> tuple[list[EngineRequest], Tokens]:
+        """Requests that outgrow a tight pool, and what the plain engine says to them.
+
+        Ours do where blocks are small. Where an answer fits into the block that its prompt has begun, nobody asks for another: there, as many
+        requests as the pool has blocks, each of which is about to fill its own.
+        """
+        size, new_tokens = self._plan.block_size, self._scale.new_tokens
+        if size <= new_tokens:
+            return self._requests, self.baseline
+        if size - 1 + new_tokens > self._plan.max_model_len:
+            raise NotApplicableError(f"no sequence of this model outgrows a block of {size} tokens")
+        assert self._plain is not None
+        pool = [token for request in self._requests for token in request.prompt_token_ids] * (1 + size)
+        first, requests = self._requests[0], list[EngineRequest]()
+        expected: Tokens = {}
+        for i in range(self._num_tight_blocks()):
+            prompt = tuple(pool[i : i + size - 1])
+            requests.append(replace(first, request_id=f"pressing-{i}", prompt_token_ids=prompt, seed=2000 + i))
+            expected |= drive(self._plain.engine, requests[-1:])
+        return requests, expected
 
     def _abort_mates(self, engine: Engine) -> Tokens:
         """Run the requests among as many others, and throw those out at random."""
@@ -285,7 +323,7 @@ class Verifier:
     # ---- comparison ----------------------------------------------------------------------------------------------------------
 
     def _compare(self, name: str, outcome: Outcome) -> Row:
-        expected = self._baseline if outcome.expected is None else outcome.expected
+        expected = self.baseline if outcome.expected is None else outcome.expected
         requests = {r.request_id: r for r in (outcome.requests or self._requests)}
         row = Row(name, True, 0, 0, outcome.activity, outcome.what)
         for key, base in expected.items():
@@ -427,57 +465,6 @@ ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "overlap, aborts": Verifier.overlap_aborts,
     "overlap, preemption": Verifier.overlap_preemption,
 }
-
-
-def drive(
-    engine: Engine,
-    requests: Sequence[EngineRequest],
-    *,
-    on_plan: Callable[[StepPlan], None] | None = None,
-    into: list[TokenOutput] | None = None,
-) -> Tokens:
-    """Run requests to their end; returns tokens by (request id, sequence index). on_plan is called before each step runs."""
-    got: Tokens = {}
-    executor = engine.executor
-    if on_plan is not None:
-        engine.executor = _Watched(executor, on_plan)
-    try:
-        for request in requests:
-            engine.submit(request)
-            got |= {(request.request_id, i): [] for i in range(request.params.n)}
-        while engine.scheduler.live_sequences():
-            for output in engine.step():
-                got[output.request_id, output.index].extend(output.new_token_ids)
-                if into is not None:
-                    into.append(output)
-    finally:
-        engine.executor = executor
-    return got
-
-
-@dataclass(slots=True)
-class _Watched:
-    """An executor that shows each plan before it runs."""
-
-    executor: Executor
-    on_plan: Callable[[StepPlan], None]
-
-    def execute(self, plan: StepPlan) -> StepHandle:
-        self.on_plan(plan)
-        return self.executor.execute(plan)
-
-    def sample(self, handle: StepHandle) -> StepFuture:
-        return self.executor.sample(handle)
-
-    def close(self) -> None:
-        self.executor.close()
-
-
-def settle(engine: Engine) -> None:
-    """Step until no KV transfer is under way, so that what was to be saved is saved."""
-    while engine.has_work or engine.scheduler.kv.stats().held_blocks:
-        engine.step()
-        time.sleep(0.001)
 
 
 def first_difference(base: Sequence[int], mine: Sequence[int], start: int) -> int:

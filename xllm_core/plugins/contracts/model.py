@@ -133,7 +133,7 @@ class Model(Protocol):
 
 
 class ModelFamily(Protocol):
-    """What a `ModelSpec` points at. All methods but `build` work without torch."""
+    """What a `ModelSpec` points at. All methods but `build` work without torch; a fallback may ask the library that it falls back on."""
 
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         """Read a configuration; raises ModelError that names the field for what this family cannot serve. Unknown variants are refused."""

@@ -40,6 +40,14 @@ CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
 }
 """What the core's models can have fused, and what each fusion replaces."""
 
+REFERENCE_OPS = {
+    op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}" for op in CORE_OPS
+}
+"""Targets of the definitions. They compute with torch on whatever device their tensors are: a new device offers them until it has its own."""
+
+REFERENCE_ATTENTION = "xllm_core.reference.attention:ReferenceAttention"
+"""Target of the reference kernel; layout "BSGD", features "sliding_window" and "soft_cap". It lays steps out on the host: CPUs only."""
+
 
 class LinearOp(Protocol):
     """x @ weight.T + bias, with a chance to lay the weight out once."""

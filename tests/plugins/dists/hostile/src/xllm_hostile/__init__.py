@@ -1,0 +1,3 @@
+"""The hostile device as a plugin."""
+
+from __future__ import annotations

@@ -1,0 +1,188 @@
+"""One entry per op: what to call it with. The reference op of the same name is the oracle; a new op or fusion is one more entry.
+
+Values come in the dtype under test, on the host. Everything is drawn from a generator, so that a run repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from xllm_core.reference import ops as reference
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Random tensors in one dtype. block_size: of the device's cache, in tokens."""
+
+    dtype: torch.dtype
+    generator: torch.Generator
+    block_size: int = 16
+
+    def __call__(self, *shape: int, spread: float = 1.0) -> torch.Tensor:
+        """Normal numbers."""
+        return (torch.randn(shape, generator=self.generator) * spread).to(self.dtype)
+
+    def ids(self, count: int, below: int) -> torch.Tensor:
+        """[count] int64."""
+        return torch.randint(0, below, (count,), generator=self.generator)
+
+    def order(self, count: int) -> torch.Tensor:
+        """A permutation of 0 .. count - 1."""
+        return torch.randperm(count, generator=self.generator)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call. arguments: nested tuples of tensors and numbers. prepared: for ops with `prepare`, what that is given, before `arguments`.
+
+    changed: index of the argument that the op changes in place, None for ops that only return new tensors.
+    by_row: indices of arguments whose first axis is the token's, for row invariance.
+    """
+
+    arguments: tuple[Any, ...]
+    prepared: tuple[torch.Tensor | None, ...] | None = None
+    changed: int | None = None
+    by_row: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class OpInputs:
+    """How an op is tried. calls(draw, T): calls with T tokens. roundings: places between inputs and result where the dtype rounds.
+
+    caches: indices of arguments that are cache tensors, laid out as the device lays them out.
+    """
+
+    calls: Callable[[Draw, int], Iterable[Call]]
+    roundings: int = 1
+    caches: tuple[int, ...] = field(default=())
+
+    @property
+    def is_exact(self) -> bool:
+        """It moves values and computes none."""
+        return self.roundings == 0
+
+
+def _linear(draw: Draw, tokens: int) -> Iterable[Call]:
+    for in_features, out_features, has_bias in ((64, 48, False), (33, 7, True), (256, 513, True), (1, 1, False)):
+        weight, bias = draw(out_features, in_features), draw(out_features) if has_bias else None
+        yield Call((draw(tokens, in_features),), prepared=(weight, bias))
+
+
+def _embedding(draw: Draw, tokens: int) -> Iterable[Call]:
+    yield Call((draw.ids(tokens, 50), draw(50, 24)))
+
+
+def _rms_norm(draw: Draw, tokens: int) -> Iterable[Call]:
+    yield Call((draw(tokens, 64, spread=3.0), draw(64), 1e-5))
+    yield Call((draw(tokens, 3, 40, spread=0.01), draw(40), 1e-6))
+    yield Call((draw(tokens, 17) * 0, draw(17), 1e-6))
+
+
+def _add_rms_norm(draw: Draw, tokens: int) -> Iterable[Call]:
+    yield Call((draw(tokens, 64), draw(tokens, 64, spread=20.0), draw(64), 1e-5), by_row=(0, 1))
+    yield Call((draw(tokens, 33), draw(tokens, 33), draw(33), 1e-6), by_row=(0, 1))
+
+
+def _rotation(draw: Draw, tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.rand(tokens, size // 2, generator=draw.generator) * 6.28
+    both = torch.cat((angles, angles), -1)
+    return both.cos().to(draw.dtype), both.sin().to(draw.dtype)
+
+
+def _rope(draw: Draw, tokens: int) -> Iterable[Call]:
+    for heads, kv_heads, size, rotated in ((4, 2, 16, 16), (3, 1, 40, 24), (1, 1, 64, 64)):
+        arguments = (draw(tokens, heads, size), draw(tokens, kv_heads, size), *_rotation(draw, tokens, rotated))
+        yield Call(arguments, by_row=(0, 1, 2, 3))
+
+
+def _silu_mul(draw: Draw, tokens: int) -> Iterable[Call]:
+    yield Call((draw(tokens, 96, spread=4.0),))
+    yield Call((draw(tokens, 10),))
+
+
+def _caches(draw: Draw, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (num_blocks, draw.block_size, 2, 8)
+    return draw(*shape), draw(*shape)
+
+
+def _slots(draw: Draw, tokens: int) -> tuple[int, torch.Tensor]:
+    """(blocks that hold them, a slot of its own for each token, some of them skipped)."""
+    num_blocks = -(-(tokens + 5) // draw.block_size) + 1
+    slots = draw.order(num_blocks * draw.block_size)[:tokens]
+    slots[1::5] = -1
+    return num_blocks, slots
+
+
+def _kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
+    num_blocks, slots = _slots(draw, tokens)
+    new, caches = (draw(tokens, 2, 8), draw(tokens, 2, 8)), _caches(draw, num_blocks)
+    yield Call((new, caches, slots), changed=1, by_row=(0, 2))
+    yield Call((new, caches, torch.full_like(slots, -1)), changed=1, by_row=(0, 2))
+
+
+def _block_copy(draw: Draw, tokens: int) -> Iterable[Call]:
+    order, caches = draw.order(9), _caches(draw, 9)
+    yield Call((caches, order[:4], order[4:8]), changed=0, by_row=())
+    yield Call(
+        (caches, order[:3], order[1:4]), changed=0, by_row=()
+    )  # sources are read before any destination is written
+
+
+def _linear_silu_mul(draw: Draw, tokens: int) -> Iterable[Call]:
+    for in_features, inner, has_bias in ((64, 48, False), (33, 7, True), (256, 130, True)):
+        bias = draw(2 * inner) if has_bias else None
+        yield Call(
+            (draw(tokens, in_features, spread=in_features**-0.5),), prepared=(draw(2 * inner, in_features), bias)
+        )
+
+
+def _rope_kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
+    num_blocks, slots = _slots(draw, tokens)
+    q, k, v = draw(tokens, 4, 8), draw(tokens, 2, 8), draw(tokens, 2, 8)
+    arguments = (q, k, v, *_rotation(draw, tokens, 8), _caches(draw, num_blocks), slots)
+    yield Call(arguments, changed=5, by_row=(0, 1, 2, 3, 4, 6))
+
+
+OPS: Mapping[str, OpInputs] = {
+    "linear": OpInputs(_linear),
+    "embedding": OpInputs(_embedding, roundings=0),
+    "rms_norm": OpInputs(_rms_norm, roundings=2),
+    "add_rms_norm": OpInputs(_add_rms_norm, roundings=3),
+    "rope": OpInputs(_rope, roundings=3),
+    "silu_mul": OpInputs(_silu_mul, roundings=3),
+    "kv_write": OpInputs(_kv_write, roundings=0, caches=(1,)),
+    "block_copy": OpInputs(_block_copy, roundings=0, caches=(0,)),
+    "linear_silu_mul": OpInputs(_linear_silu_mul, roundings=5),
+    "rope_kv_write": OpInputs(_rope_kv_write, roundings=3, caches=(5,)),
+}
+
+
+def oracle(op: str) -> Any:
+    """The class that defines an op, or None where the reference has none."""
+    return getattr(reference, "".join(part.capitalize() for part in op.split("_")), None)
+
+
+def moved(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nesting with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return type(value)(moved(inner, change) for inner in value) if isinstance(value, tuple | list) else value
+
+
+def flat(value: Any) -> list[torch.Tensor]:
+    """Every tensor of a nesting, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for inner in value for tensor in flat(inner)] if isinstance(value, tuple | list) else []
+
+
+def limit(expected: torch.Tensor, dtype: torch.dtype, roundings: int) -> torch.Tensor:
+    """How far a right answer may lie from the reference's: so many roundings of the dtype, of the value or of what cancelled on the way."""
+    unit = torch.finfo(dtype).eps
+    row = expected.float().abs().flatten(1).amax(1).view(-1, *[1] * (expected.dim() - 1))
+    sums = 64 * torch.finfo(torch.float32).eps * row.clamp(min=1e-3)  # float32 sums in another order
+    return roundings * unit * (expected.float().abs() + 0.25 * row) + sums
