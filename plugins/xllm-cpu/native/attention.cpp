@@ -88,12 +88,12 @@ template <class E> struct Worker {
     return static_cast<const T*>(cache) + (slot * call.num_kv_heads + kv_head) * head_size;
   }
 
-  // Keys and values of `count` positions from `start`, packed; the rest of the chunk is zero, never read.
-  void pack(int start, int count) {
+  // Keys and values of positions `from` to `to` of the chunk at `start`, packed; what lies outside may never have been written and is zero here.
+  void pack(int start, int from, int to) {
     const T* from_k[CHUNK];
     const T* from_v[CHUNK];
     for (int p = 0; p < CHUNK; p++) {
-      from_k[p] = p < count ? at(call.k, start + p) : nullptr;
+      from_k[p] = start + p >= from && start + p < to ? at(call.k, start + p) : nullptr;
       from_v[p] = from_k[p] != nullptr ? at(call.v, start + p) : nullptr;
     }
     for (int p = 0; p < CHUNK; p++) pack_key(from_k[p], p);
@@ -131,7 +131,7 @@ template <class E> struct Worker {
     part.reset(num_queries, width);
     const int begin = std::max(split * SPLIT, begin_of(0) / CHUNK * CHUNK), end = std::min((split + 1) * SPLIT, last() + 1);
     for (int start = begin; start < end; start += CHUNK) {
-      pack(start, std::min(CHUNK, end - start));
+      pack(start, begin_of(0), end);
       for (int query = 0; query < num_queries; query += MAX_MR) {
         const int count = std::min(MAX_MR, num_queries - query);
         if (position(query + count - 1) < start) continue;  // none of them sees this chunk

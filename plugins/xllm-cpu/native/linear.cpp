@@ -74,6 +74,7 @@ template <class E> struct Call {
   }
 
   void run() const {
+    if (m == 0) return;
     const int64_t panels = num_panels(n, fuses), blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t wanted = 8 * num_threads();
     const int64_t grain = blocks >= wanted ? panels : (panels * blocks + wanted - 1) / wanted;
