@@ -25,6 +25,7 @@ FLAGS = {
 }
 """Per instruction set; the first is for any processor, the others for x86-64."""
 
+LINK = ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc"]
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno"]
 
 
@@ -38,7 +39,9 @@ class KernelBuild(BuildHookInterface[Any]):
         root = Path(self.root)
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
-            self.app.display_warning("xllm-cpu: no C++ compiler was found; built without kernels. Install g++ and build again.")
+            self.app.display_warning(
+                "xllm-cpu: no C++ compiler was found; built without kernels. Install g++ and build again."
+            )
             return
         libraries = compile_all(compiler, root / "native", root / "src" / "xllm_cpu" / "lib")
         build_data["pure_python"] = False
@@ -65,7 +68,7 @@ def compile_all(compiler: str, sources: Path, folder: Path) -> list[Path]:
     for name in stale:
         objects = [folder / f"{name}-{source.stem}.o" for source in files]
         linked = targets[name].with_suffix(".new")
-        command = [compiler, "-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-o", str(linked), *map(str, objects)]
+        command = [compiler, *LINK, "-o", str(linked), *map(str, objects)]
         subprocess.run(command, check=True)
         linked.replace(targets[name])  # a process that has the old one loaded keeps it
         for path in objects:

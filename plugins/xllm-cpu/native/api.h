@@ -37,10 +37,11 @@ XLLM_API int xllm_rope(
 
 // cache: [slots][size] contiguous; x: [tokens][size], token stride ldx. Slot -1 is skipped.
 XLLM_API int xllm_kv_write(const void* x, int64_t ldx, void* cache, const int64_t* slots, int64_t tokens, int64_t num_slots, int64_t size, int64_t bytes);
-// As above, rotating on the way; x: [tokens][heads][size].
-XLLM_API int xllm_rope_write(
-    const void* x, int64_t ldx, const void* cos, const void* sin, void* cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t size,
-    int64_t rotated, int64_t num_slots, int is_bf16);
+// Queries rotated into `out`, keys rotated into their cache, values into theirs. Heads of a token lie side by side; ldq, ldk, ldv: token strides.
+XLLM_API int xllm_rope_kv_write(
+    const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, void* keys,
+    void* values, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t value_size, int64_t rotated,
+    int64_t num_slots, int is_bf16);
 XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer);
 
 // Attention over paged KV in layout BSGD. tasks: [num_tasks][3] (row, KV head, first query token), as `xllm_attention_tasks` lays them out.

@@ -37,20 +37,28 @@ struct State {
   }
 };
 
+// Buffers stay with the thread from call to call.
+template <class E> struct Buffers {
+  std::vector<typename E::T> queries, keys, values, weights;
+  std::vector<float> scores;
+  State part, whole;
+};
+
 template <class E> struct Worker {
   using T = typename E::T;
   const XllmAttention& call;
   const int group, head_size;
   const int64_t key_steps, value_panels, width, q_width;  // width: head_size in whole panels
-  std::vector<T> queries, keys, values, weights;
-  std::vector<float> scores;
-  State part, whole;
+  std::vector<T>&queries, &keys, &values, &weights;
+  std::vector<float>& scores;
+  State &part, &whole;
   // of the task at hand
   int row = 0, kv_head = 0, first = 0, tokens = 0, num_queries = 0, past = 0;
 
-  explicit Worker(const XllmAttention& c)
+  Worker(const XllmAttention& c, Buffers<E>& b)
       : call(c), group(c.num_heads / c.num_kv_heads), head_size(c.head_size), key_steps(steps_of<E>(c.head_size)),
-        value_panels(round_up(c.head_size, NR) / NR), width(value_panels * NR), q_width(key_steps * E::P) {
+        value_panels(round_up(c.head_size, NR) / NR), width(value_panels * NR), q_width(key_steps * E::P), queries(b.queries), keys(b.keys),
+        values(b.values), weights(b.weights), scores(b.scores), part(b.part), whole(b.whole) {
     const auto rows = static_cast<size_t>(tokens_per_task(group) * group);
     queries.resize(rows * static_cast<size_t>(q_width));
     keys.resize(static_cast<size_t>(CHUNK * q_width));
@@ -96,9 +104,26 @@ template <class E> struct Worker {
       from_k[p] = start + p >= from && start + p < to ? at(call.k, start + p) : nullptr;
       from_v[p] = from_k[p] != nullptr ? at(call.v, start + p) : nullptr;
     }
-    for (int p = 0; p < CHUNK; p++) pack_key(from_k[p], p);
+#if defined(__AVX512F__)
+    if (head_size * sizeof(T) % 64 == 0) pack_keys_by_16(from_k);
+    else
+#endif
+      for (int p = 0; p < CHUNK; p++) pack_key(from_k[p], p);
     for (int p = 0; p < CHUNK; p += E::P) pack_values(from_v + p, p / E::P);
   }
+
+#if defined(__AVX512F__)
+  void pack_keys_by_16(const T* const* from) {  // 16 positions and 64 bytes of each at a time
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int p = 0; p < CHUNK; p += 16)
+      for (int64_t d = 0; d < head_size; d += LINE) {
+        const void* rows[16];
+        for (int i = 0; i < 16; i++) rows[i] = from[p + i] != nullptr ? from[p + i] + d : nullptr;
+        T* to = keys.data() + (p / NR) * (key_steps * NR * E::P) + (d / E::P * NR + p % NR) * E::P;
+        transpose16(rows, reinterpret_cast<char*>(to), NR * E::P * sizeof(T));
+      }
+  }
+#endif
 
   void pack_key(const T* from, int p) {
     T* to = keys.data() + (p / NR) * (key_steps * NR * E::P) + (p % NR) * E::P;
@@ -119,6 +144,13 @@ template <class E> struct Worker {
     for (int64_t panel = 0; panel < value_panels; panel++) {
       T* to = values.data() + panel * (CHUNK * NR) + step * NR * E::P;
       const int count = static_cast<int>(std::min<int64_t>(NR, head_size - panel * NR));
+#if defined(__AVX512F__)
+      if constexpr (E::P == 2)
+        if (count == NR) {
+          interleave32(from[0] != nullptr ? from[0] + panel * NR : nullptr, from[1] != nullptr ? from[1] + panel * NR : nullptr, to);
+          continue;
+        }
+#endif
       for (int i = 0; i < E::P; i++) {
         const T* row_of = from[i] != nullptr ? from[i] + panel * NR : nullptr;
         for (int d = 0; d < NR; d++) to[d * E::P + i] = row_of != nullptr && d < count ? row_of[d] : T{0};
@@ -232,9 +264,9 @@ template <class E> struct Worker {
   }
 };
 
-// One set of buffers per thread and kind of call; a call of other sizes makes new ones.
 template <class E, class Fn> void with_worker(const XllmAttention& call, Fn fn) {
-  Worker<E> worker(call);
+  thread_local Buffers<E> kept;
+  Worker<E> worker(call, kept);
   fn(worker);
 }
 

@@ -1,4 +1,4 @@
-// A worker that has nothing to do looks for work for some tens of microseconds, as long as the pause between two ops of a step, then sleeps:
+// A worker that has nothing to do looks for work for one or two hundred microseconds, as long as the pause between two ops of a step, then sleeps:
 // between steps, and between requests, it costs nothing. Pieces are taken from a counter, so a core that was taken away slows a job down
 // by the piece it holds and no more: nobody waits for a thread that has not come.
 #include "pool.h"
@@ -21,7 +21,7 @@
 namespace xllm {
 namespace {
 
-constexpr int SPINS = 4000;
+constexpr int SPINS = 12000;
 
 struct Pool {
   std::vector<std::thread> threads;

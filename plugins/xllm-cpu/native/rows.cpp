@@ -171,14 +171,26 @@ int xllm_rope(
   return 0;
 }
 
-int xllm_rope_write(
-    const void* x, int64_t ldx, const void* cos, const void* sin, void* cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t size,
-    int64_t rotated, int64_t num_slots, int is_bf16) {
+int xllm_rope_kv_write(
+    const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, void* keys,
+    void* values, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t value_size, int64_t rotated,
+    int64_t num_slots, int is_bf16) {
   if (const int bad = first_outside(slots, tokens, -1, num_slots)) return bad;
-  const auto at = [=](int64_t t) { return slots[t] * heads * size; };
-  BY_TYPE(
-      is_bf16, rope<Bf16>(B(x), ldx, B(cos), B(sin), BO(cache), tokens, heads, size, rotated, at),
-      rope<F32>(S(x), ldx, S(cos), S(sin), SO(cache), tokens, heads, size, rotated, at));
+  const int64_t bytes = is_bf16 ? 2 : 4;
+  for_rows(tokens, 2 * (heads + kv_heads) * size, [=](int64_t t) {
+    const auto heads_of = [=](const void* from, int64_t ld, void* to, int64_t at, int64_t count) {
+      for (int64_t h = 0; h < count; h++) {
+        const int64_t x = t * ld + h * size, y = at + h * size;
+        if (is_bf16) rotate<Bf16>(B(from) + x, B(cos) + t * rotated, B(sin) + t * rotated, BO(to) + y, size, rotated);
+        else rotate<F32>(S(from) + x, S(cos) + t * rotated, S(sin) + t * rotated, SO(to) + y, size, rotated);
+      }
+    };
+    heads_of(q, ldq, out, t * heads * size, heads);
+    if (slots[t] < 0) return;
+    heads_of(k, ldk, keys, slots[t] * kv_heads * size, kv_heads);
+    std::memcpy(
+        static_cast<char*>(values) + slots[t] * value_size * bytes, static_cast<const char*>(v) + t * ldv * bytes, static_cast<size_t>(value_size * bytes));
+  });
   return 0;
 }
 

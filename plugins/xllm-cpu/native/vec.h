@@ -203,4 +203,36 @@ template <class E> inline void store_part(typename E::T* p, F x, int64_t n) {
   else store_some<E>(p, x, static_cast<int>(n));
 }
 
+#if defined(__AVX512F__)
+// 16 rows of 16 numbers of 32 bits, transposed: out[i][j] = in[j][i]. Rows may be null (zeros).
+inline void transpose16(const void* const* in, char* out, int64_t stride) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = in[i] != nullptr ? _mm512_loadu_si512(in[i]) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm512_storeu_si512(out + stride * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(out + stride * (i + 4), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(out + stride * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(out + stride * (i + 12), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+
+// Two rows of 32 numbers of 16 bits, element beside element: a0 b0 a1 b1 ...
+inline void interleave32(const bf16* a, const bf16* b, bf16* out) {
+  const __m512i x = a != nullptr ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b != nullptr ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+  alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(FIRST), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, low, y));
+  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, high, y));
+}
+#endif
+
 }  // namespace xllm

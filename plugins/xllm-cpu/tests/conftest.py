@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from xllm_cpu.device import CpuDevice
 from xllm_cpu.isa import runnable
 

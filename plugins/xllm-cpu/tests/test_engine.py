@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xllm_cpu.isa import runnable
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.testing import check_plugin
 from xllm_core.testing.tiny import tiny_config, write_tiny
 from xllm_core.testing.verify import QUICK, Verifier
-from xllm_cpu.isa import runnable
 
-PROMPTS = [{"prompt_token_ids": [(i * 7 + j * j) % 128 for j in range(length)]} for i, length in enumerate((1, 5, 33, 70))]
+PROMPTS = [
+    {"prompt_token_ids": [(i * 7 + j * j) % 128 for j in range(length)]} for i, length in enumerate((1, 5, 33, 70))
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def test_it_is_chosen_where_no_accelerator_is(model: str) -> None:
 def test_verify_to_the_bit(model: str, dtype: str) -> None:
     """The quick matrix. The device promises equal rows, so no near tie excuses a difference. Dies with any kernel that feels its neighbours."""
     report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu").run()
-    assert report.has_passed, [(row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed]
+    assert report.has_passed, [
+        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
+    ]
 
 
 def test_conformance() -> None:

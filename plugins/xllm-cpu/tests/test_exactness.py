@@ -17,7 +17,9 @@ ROWS = 256
 
 @pytest.mark.parametrize("kind", [Linear, LinearSiluMul])
 @pytest.mark.parametrize(("n", "k"), [(64, 96), (130, 33), (2, 1), (34, 577)])
-def test_products_of_any_number_of_rows(device: CpuDevice, dtype: torch.dtype, kind: type[Linear], n: int, k: int) -> None:
+def test_products_of_any_number_of_rows(
+    device: CpuDevice, dtype: torch.dtype, kind: type[Linear], n: int, k: int
+) -> None:
     """M = 1 .. 256, each M, at a random place. Dies if a tile's height changes the order in which K is walked."""
     torch.manual_seed(n)
     op = kind(device)
@@ -109,7 +111,7 @@ def test_what_was_never_written_is_never_read(device: CpuDevice, dtype: torch.dt
     clean = cache.attend(kernel, 70, 75)
     for tensor in cache.kv:
         flat = tensor.view(-1, 1, 16)
-        for position in (*range(0, 70 - 19), *range(75, 80)):
+        for position in (*range(70 - 19), *range(75, 80)):
             flat[int(cache.table[position // 8]) * 8 + position % 8] = float("nan")
         for block in set(range(len(tensor))) - set(cache.table.tolist()):
             tensor[block] = float("nan")

@@ -64,7 +64,8 @@ def test_refused(device: CpuDevice, name: str) -> None:
 
 def layout(query: int, kv: int, *blocks: int) -> BatchLayout:
     return BatchLayout(
-        *(torch.tensor(v, dtype=torch.int32) for v in ([query], [kv], [0, query])), torch.tensor([blocks], dtype=torch.int32)
+        *(torch.tensor(v, dtype=torch.int32) for v in ([query], [kv], [0, query])),
+        torch.tensor([blocks], dtype=torch.int32),
     )
 
 
@@ -80,7 +81,11 @@ def test_attention_refuses_what_does_not_fit(device: CpuDevice) -> None:
     with pytest.raises(IndexError, match="a table names block 5, the cache has 3"):
         kernel.run(T(1, 2, 8), cache, plan, T(1, 2, 8))
     plan = kernel.plan(layout(1, 8, 0, 2))
-    for q, own in ((T(2, 2, 8), cache.own), (T(1, 2, 8), (T(3, 4, 2, 8), T(3, 4, 2, 8))), (T(1, 2, 8).double(), cache.own)):
+    for q, own in (
+        (T(2, 2, 8), cache.own),
+        (T(1, 2, 8), (T(3, 4, 2, 8), T(3, 4, 2, 8))),
+        (T(1, 2, 8).double(), cache.own),
+    ):
         with pytest.raises(ValueError, match="must be"):
             kernel.run(q, KVSegments(own=own), plan, T(*q.shape).to(q.dtype))
 

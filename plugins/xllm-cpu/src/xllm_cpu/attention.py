@@ -32,12 +32,19 @@ class PagedAttention:
     def plan(self, batch: BatchLayout) -> Plan:
         """Tasks of the step: so many queries of one row and KV head each. Raises ValueError for lengths or tables that do not fit together."""
         geometry = self._geometry
-        starts, kv_lens, tables = (t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables))
+        starts, kv_lens, tables = (
+            t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables)
+        )
         num_rows = len(kv_lens)
         longest = int(kv_lens.max()) if num_rows else 0
-        if num_rows and (len(starts) != num_rows + 1 or bool((starts.diff() > kv_lens).any()) or longest > tables.shape[1] * geometry.block_size):
+        if num_rows and (
+            len(starts) != num_rows + 1
+            or bool((starts.diff() > kv_lens).any())
+            or longest > tables.shape[1] * geometry.block_size
+        ):
             raise ValueError(
-                f"{num_rows} rows of up to {longest} tokens do not fit {len(starts)} starts and tables of {tables.shape[1]} blocks of {geometry.block_size}"
+                f"{num_rows} rows of up to {longest} tokens do not fit {len(starts)} starts and"
+                f" tables of {tables.shape[1]} blocks of {geometry.block_size}"
             )
         shape = (num_rows, geometry.num_heads, geometry.num_kv_heads)
         num_tasks = self._native.attention_tasks(starts.data_ptr(), *shape, None)
@@ -59,14 +66,26 @@ class PagedAttention:
         shape = (plan.num_tokens, geometry.num_heads, geometry.head_size)
         slot = (geometry.block_size, geometry.num_kv_heads, geometry.head_size)
         is_right = q.shape == out.shape == shape and k.shape == v.shape and k.shape[1:] == slot
-        if not is_right or not {t.dtype for t in (q, k, v, out)} == {self._dtype} or not (k.is_contiguous() and v.is_contiguous()):
-            raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be {shape} and (blocks, *{slot}), contiguous, {self._dtype}")
+        if (
+            not is_right
+            or not {t.dtype for t in (q, k, v, out)} == {self._dtype}
+            or not (k.is_contiguous() and v.is_contiguous())
+        ):
+            raise ValueError(
+                f"q {tuple(q.shape)} and k {tuple(k.shape)} must be {shape} and (blocks, *{slot}), contiguous, {self._dtype}"
+            )
         if plan.highest_block >= len(k):
             raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         call = plan.call
-        call.q, call.k, call.v, call.out, call.num_blocks = q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr(), len(k)
+        call.q, call.k, call.v, call.out, call.num_blocks = (
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            target.data_ptr(),
+            len(k),
+        )
         self._native.attention(ctypes.byref(call))
         if target is not out:
             out.copy_(target)

@@ -17,6 +17,9 @@ from xllm_core.plugins import ConfigError, DeviceFacts, MemoryInfo
 from xllm_cpu.native import load
 
 _CGROUP = Path("/sys/fs/cgroup")
+_LINE = 64
+_HUGE = 2 << 20
+_ROOM = 64 << 20
 
 
 class CpuDevice:
@@ -30,6 +33,8 @@ class CpuDevice:
         if index != 0:
             raise ConfigError(f"[device] index = {index}: cpu/cpu has only index 0; all its cores are one device")
         self.native = load(isa)
+        self._room: torch.Tensor | None = None
+        self._used = 0
         self.set_num_threads(_num_cores())
         torch.set_num_threads(1)
 
@@ -58,16 +63,28 @@ class CpuDevice:
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed pages of the system's, touched when first used; large ones in huge pages where the system has them."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        is_large = num_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
         try:
-            memory = mmap.mmap(-1, max(1, num_bytes))
+            memory = mmap.mmap(-1, max(1, num_bytes + _HUGE if is_large else num_bytes))
         except (OSError, MemoryError, OverflowError) as error:
             raise MemoryError(
                 f"cannot allocate {num_bytes} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"
             ) from error
-        if num_bytes >= 1 << 22 and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = np.frombuffer(memory, dtype=np.uint8)
+        first = 0
+        if is_large:
             memory.madvise(mmap.MADV_HUGEPAGE)
-        bytes_ = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8, count=num_bytes))
-        return bytes_.view(dtype).view(tuple(shape))
+            first = -pages.ctypes.data % _HUGE  # a huge page begins where one may begin
+        return torch.from_numpy(pages[first : first + num_bytes]).view(dtype).view(tuple(shape))
+
+    def packed_weight(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for one weight, beside those before it in huge pages: a step reads all of them, and small pages cost more to find than to read."""
+        size = -(-num_elements * dtype.itemsize // _LINE) * _LINE
+        if self._room is None or self._used + size > self._room.numel():
+            self._room, self._used = self.allocate((max(size, _ROOM),), torch.uint8), 0
+        taken = self._room[self._used : self._used + num_elements * dtype.itemsize]
+        self._used += size
+        return taken.view(dtype)
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Ordinary memory: it is the device's own."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from xllm_core.plugins import ConfigError
 from xllm_cpu.isa import library_path, runnable, why_not
@@ -25,7 +26,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "embedding": (_I32, [_P, _P, _P, _I64, _I64, _I64, _I32]),
     "rope": (_I32, [_P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32]),
     "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
-    "rope_write": (_I32, [_P, _I64, _P, _P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I32]),
+    "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
     "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
     "attention_tasks": (_I64, [_P, _I32, _I32, _I32, _P]),
     "attention": (_I32, [_P]),
@@ -47,6 +48,10 @@ class AttentionCall(ctypes.Structure):
 class Library:
     """The functions of one library, without their prefix. One per instruction set and process: its threads are shared."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self, isa: str) -> None:
         loaded = ctypes.CDLL(str(library_path(isa)))
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -56,7 +61,7 @@ class Library:
         self.name = isa
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(isa: str) -> Library:
     """The library for an instruction set, or for the best that runs here ("auto"). Raises ConfigError with what would help."""
     if reason := why_not(isa):
