@@ -103,9 +103,7 @@ _ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-def read_rope(
-    fields: Fields, head_size: int, max_model_len: int, *, rotated_share: float | None = None
-) -> RopeConfig:
+def read_rope(fields: Fields, head_size: int, max_model_len: int, *, rotated_share: float | None = None) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before).
 
     rotated_share: for a family that rotates a part of each head, the part where `partial_rotary_factor` is missing; None: it rotates all, or refuses.
@@ -160,7 +158,8 @@ def _rotated(fields: Fields, given: Mapping[str, Any], head_size: int, rotated_s
     size = int(head_size * share)
     if share > 1 or size < 2 or size % 2:
         raise fields.error(
-            "partial_rotary_factor", f"is {share}: of {head_size} elements a head {size} would turn, an even number up to all of them is needed"
+            "partial_rotary_factor",
+            f"is {share}: of {head_size} elements a head {size} would turn, an even number up to all of them is needed",
         )
     return size
 

@@ -45,7 +45,9 @@ def assembly_of(plan: AssemblyPlan) -> Assembly:
     if geometry != dict(plan.geometry):
         raise PluginError(f"{plan.model.name} asks for {geometry} here, and the plan has {dict(plan.geometry)}")
     if lacking := set(ops_of(family, config)) - set(plan.ops):
-        raise PluginError(f"{plan.model.name} asks here for the ops {', '.join(sorted(lacking))}, which the plan does not have")
+        raise PluginError(
+            f"{plan.model.name} asks here for the ops {', '.join(sorted(lacking))}, which the plan does not have"
+        )
     return Assembly(plan, checkpoint, facts, family, family.shape(config), family.kv_groups(config, plan.dtype))
 
 

@@ -15,6 +15,7 @@ from xllm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.device import DeviceBackend
+    from xllm_core.plugins.contracts.queries import OpQuery
 
 # Up to this many rows torch multiplies bfloat16 at the speed of memory on any CPU.
 _FEW_ROWS = 4
@@ -66,14 +67,19 @@ class LinearFloat32:
         return F.linear(x.float(), *prepared)
 
 
+def lacks_grouped_mm(query: OpQuery | None = None) -> str | None:
+    """Why this torch cannot run the reference of `moe_experts`, or None. The `check` of its spec."""
+    if hasattr(F, "grouped_mm"):
+        return None
+    return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks; install a newer torch (2.13 has it)"
+
+
 class MoeExperts:
     """`moe_experts`: tokens sorted by expert, then one grouped product per map; torch goes from group to group, not Python."""
 
     def __init__(self, device: DeviceBackend) -> None:
-        if not hasattr(F, "grouped_mm"):
-            raise ConfigError(
-                f"the reference op moe_experts needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks; install torch 2.10 or newer"
-            )
+        if reason := lacks_grouped_mm():
+            raise ConfigError(f"the reference op moe_experts {reason}")
         self._silu_mul = SiluMul(device)
 
     def prepare(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +107,7 @@ class MoeExperts:
         grouped = _grouped(inner, down, ends)
         parted = torch.empty_like(grouped).index_copy_(0, order, grouped)
         weighted = (parted.float() * weights.reshape(-1, 1)).masked_fill_(is_elsewhere.unsqueeze(1), 0)
-        return weighted.view(num_tokens, top_k, -1).sum(1).to(x.dtype)
+        return weighted.view(num_tokens, top_k, down.shape[1]).sum(1).to(x.dtype)
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def _listed(names: Sequence[str], what: str) -> str:
 
 def _check_coverage(entries: Sequence[WeightEntry], parameters: Mapping[str, Parameter]) -> None:
     """A weight map must fill each parameter exactly; a gap would leave zeros in a model that runs."""
-    filled = dict.fromkeys(parameters, 0)
+    filled: Counter[tuple[str, int | None]] = Counter()  # by parameter, and by expert where a tensor is one expert's
     for entry in entries:
         parameter = parameters.get(entry.param)
         if parameter is None:
@@ -116,22 +117,19 @@ def _check_coverage(entries: Sequence[WeightEntry], parameters: Mapping[str, Par
                 f"the weight map gives {entry.name!r} shape {entry.shape} and axis {entry.axis!r}; it fills {count} rows of"
                 f" {entry.param!r}, which has shape {parameter.shape} and axis {parameter.axis!r}"
             )
-        # An expert is as many rows as it has; a tensor of all experts at once is those of each.
-        filled[entry.param] += count if entry.expert is not None else count * _rows_below(parameter)
-    for name, count in filled.items():
-        total = _num_rows(parameters[name].shape) * _rows_below(parameters[name])
-        if count != total:
-            raise IntegrityError(f"the weight map fills {count} of {total} rows of {name!r}")
+        filled[entry.param, entry.expert] += count
+    for name, parameter in parameters.items():
+        by_expert = parameter.axis == "expert" and not filled[name, None]
+        for expert in range(parameter.shape[0]) if by_expert else (None,):
+            total = _num_rows(parameter.shape[1:] if by_expert else parameter.shape)
+            if (count := filled[name, expert]) != total:
+                where = "" if expert is None else f", expert {expert}"
+                raise IntegrityError(f"the weight map fills {count} of {total} rows of {name!r}{where}")
 
 
 def _num_rows(shape: Sequence[int]) -> int:
     """A single number is one row."""
     return shape[0] if shape else 1
-
-
-def _rows_below(parameter: Parameter) -> int:
-    """Rows of each expert; 1 where there are none."""
-    return parameter.shape[1] if parameter.axis == "expert" else 1
 
 
 def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CoreParts) -> None:
@@ -153,7 +151,7 @@ def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CorePa
     tensor = checkpoint.read(source)
     if entry.row_order is not None:
         size = len(entry.row_order)
-        tensor = tensor.unflatten(0, (-1, size))[:, list(entry.row_order)].flatten(0, 1)
+        tensor = tensor.view(-1, size, *tensor.shape[1:])[:, list(entry.row_order)].flatten(0, 1)
     if dim is not None:
         share = parts.share(entry.shape[dim] // (stacked := entry.stacked if dim == 0 else 1))
         pieces = tensor.chunk(stacked) if stacked > 1 else (tensor,)

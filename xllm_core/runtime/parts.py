@@ -285,9 +285,7 @@ class _BoundExperts:
             return self._op(x, places, weights, self.counts, self._prepared)
         places = places - self._first
         is_here = (places >= 0) & (places < len(self.counts))
-        return self._all_reduce(
-            self._op(x, torch.where(is_here, places, -1), weights, self.counts, self._prepared)
-        )
+        return self._all_reduce(self._op(x, torch.where(is_here, places, -1), weights, self.counts, self._prepared))
 
 
 class _BoundAttention:

@@ -31,9 +31,7 @@ WORLD = 2
 
 def built_ops(device: DeviceBackend) -> dict[str, Any]:
     """Every op of the reference, those too that only some models ask for."""
-    return {
-        name: getattr(reference_ops, target.partition(":")[2])(device) for name, target in REFERENCE_OPS.items()
-    }
+    return {name: getattr(reference_ops, target.partition(":")[2])(device) for name, target in REFERENCE_OPS.items()}
 
 
 @dataclass(frozen=True, slots=True)

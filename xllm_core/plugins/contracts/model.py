@@ -99,7 +99,10 @@ class Parts(Protocol):
         """silu(gate(x)) * up(x), column-parallel: parameter `name.weight` holds gate above up, [2 * inner, in]. Returns [T, inner's share]."""
 
     def router(self, name: str, hidden: int, num_experts: int) -> Linear:
-        """[T, hidden] -> scores [T, num_experts] float32, on every rank. `name.weight` [num_experts, hidden] is kept in float32 (op `linear_float32`)."""
+        """[T, hidden] -> scores [T, num_experts] float32, on every rank (op `linear_float32`).
+
+        `name.weight` [num_experts, hidden] stays float32 whatever the model's dtype.
+        """
 
     def experts(self, name: str, num_experts: int, hidden: int, inner: int) -> Experts:
         """Gated experts, divided over ranks (op `moe_experts`): parameters `name.gate_up` [E, 2 * inner, hidden] and `name.down` [E, hidden, inner].

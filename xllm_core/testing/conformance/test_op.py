@@ -140,7 +140,11 @@ def test_it_equals_the_reference(case: Case, xllm_kit: Kit) -> None:
                         f"{place}: gives {answer.dtype} {tuple(answer.shape)}, defined is {want.dtype} {tuple(want.shape)}"
                     )
                     difference = (answer.float() - want.float()).abs().nan_to_num(float("inf"))
-                    allowed = difference * 0 if inputs.is_exact or not want.is_floating_point() else limit(want, want.dtype, inputs.roundings)
+                    allowed = (
+                        difference * 0
+                        if inputs.is_exact or not want.is_floating_point()
+                        else limit(want, want.dtype, inputs.roundings)
+                    )
                     assert bool((difference <= allowed).all()), (
                         f"{place}: differs by {float(difference.max()):.3g} where {float(allowed.max()):.3g} is rounding"
                     )

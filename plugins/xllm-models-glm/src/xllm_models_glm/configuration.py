@@ -149,11 +149,15 @@ def _read_moe(fields: Fields, num_layers: int) -> MoeConfig:
     experts, top_k = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
     groups, top_groups = fields.integer("n_group", 1), fields.integer("topk_group", 1)
     if experts % groups or experts // groups < 2:
-        raise fields.error("n_group", f"is {groups}: {experts} experts do not make that many equal groups of two or more")
+        raise fields.error(
+            "n_group", f"is {groups}: {experts} experts do not make that many equal groups of two or more"
+        )
     if top_groups > groups:
         raise fields.error("topk_group", f"is {top_groups}, of {groups} groups")
     if top_k > (reach := experts // groups * top_groups):
-        raise fields.error("num_experts_per_tok", f"is {top_k}: only {reach} experts are in the groups that are searched")
+        raise fields.error(
+            "num_experts_per_tok", f"is {top_k}: only {reach} experts are in the groups that are searched"
+        )
     inner = fields.integer("moe_intermediate_size")
     return MoeConfig(
         first_layer=fields.integer("first_k_dense_replace", 1, minimum=0, maximum=num_layers),

@@ -10,10 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xllm_core.plugins import MODEL_OPS, KVGroupSpec, Model, ModelShape, Parts, WeightMap
 from xllm_models_glm.configuration import GROUP, GlmConfig, read_glm, read_glm_moe
 from xllm_models_glm.weights import weight_map
-
-from xllm_core.plugins import MODEL_OPS, KVGroupSpec, Model, ModelShape, Parts, WeightMap
 
 
 class GlmFamily(ABC):

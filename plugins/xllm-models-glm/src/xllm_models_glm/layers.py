@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from xllm_models_glm.configuration import GROUP, GlmConfig, MoeConfig
 
 from xllm_core.plugins import ForwardContext, Layer, Parts, Rotary
+from xllm_models_glm.configuration import GROUP, GlmConfig, MoeConfig
 
 
 class SelfAttention:
@@ -16,7 +16,11 @@ class SelfAttention:
     def __init__(self, c: GlmConfig, parts: Parts, layer: int, rotary: Rotary) -> None:
         self._num_heads, self._num_kv_heads = parts.share(c.num_heads), parts.share(c.num_kv_heads)
         self._head_size, self._norm_eps = c.head_size, c.norm_eps
-        name, q_rows, rows = f"layers.{layer}", c.num_heads * c.head_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_size
+        name, q_rows, rows = (
+            f"layers.{layer}",
+            c.num_heads * c.head_size,
+            (c.num_heads + 2 * c.num_kv_heads) * c.head_size,
+        )
         self._qkv = parts.linear(f"{name}.qkv", c.hidden_size, rows, axis="column", has_bias=c.has_qkv_bias)
         self._output = parts.linear(f"{name}.o", q_rows, c.hidden_size, axis="row")
         names = ("q_norm", "k_norm") if c.has_qk_norm else ()
@@ -29,7 +33,9 @@ class SelfAttention:
         heads = self._qkv(x).view(len(x), -1, self._head_size)
         q, k, v = torch.split(heads, [self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if self._head_norms:
-            q, k = (self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True))
+            q, k = (
+                self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True)
+            )
         return self._output(self._attend(q, k, v, ctx, self._rotary(ctx)))
 
 
@@ -130,7 +136,11 @@ class Decoder:
         rotary = Rotary(c.rope, parts.dtype, parts.torch_device)
         self._embed = parts.embedding("embed", c.vocab_size, c.hidden_size)
         self.layers = [DecoderLayer(c, parts, layer, rotary) for layer in range(c.num_layers)]
-        self._norm_weight, self._norm, self._norm_eps = parts.parameter("norm", (c.hidden_size,)), parts.op("rms_norm"), c.norm_eps
+        self._norm_weight, self._norm, self._norm_eps = (
+            parts.parameter("norm", (c.hidden_size,)),
+            parts.op("rms_norm"),
+            c.norm_eps,
+        )
         self._head = parts.lm_head("lm_head", c.hidden_size, c.vocab_size, tied_to="embed" if c.is_tied else None)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xllm_models_glm.configuration import GlmConfig, MoeConfig
-
 from xllm_core.plugins import Axis, WeightEntry, WeightMap
+from xllm_models_glm.configuration import GlmConfig, MoeConfig
 
 
 def weight_map(c: GlmConfig) -> WeightMap:
@@ -69,7 +68,9 @@ def half_split(head_size: int, rotated: int) -> tuple[int, ...]:
 def _mlp(c: GlmConfig, source: str, target: str, inner: int, *, is_stacked: bool = False) -> Iterator[WeightEntry]:
     hidden, axis = c.hidden_size, _COLUMN
     if is_stacked:
-        yield WeightEntry(f"{source}.gate_up_proj.weight", f"{target}.gate_up.weight", (2 * inner, hidden), axis, stacked=2)
+        yield WeightEntry(
+            f"{source}.gate_up_proj.weight", f"{target}.gate_up.weight", (2 * inner, hidden), axis, stacked=2
+        )
     else:
         for first, name in ((0, "gate_proj"), (inner, "up_proj")):
             yield WeightEntry(
