@@ -120,9 +120,9 @@ class Planted:
 
     def build(self, config: Mapping[str, Any], parts: Parts) -> Model:
         declare = parts._new_parameter  # type: ignore[attr-defined]
-        parts._new_parameter = lambda name, shape, axis: declare(
-            name, shape, self._axis if name == self._param else axis
-        )  # type: ignore[attr-defined]
+        parts._new_parameter = lambda name, shape, axis, **rest: declare(  # type: ignore[attr-defined]
+            name, shape, self._axis if name == self._param else axis, **rest
+        )
         model: Model = self._family.build(config, parts)
         return model
 
