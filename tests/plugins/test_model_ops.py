@@ -72,7 +72,10 @@ def test_a_device_without_it_serves_other_models(assembled: Callable[..., Assemb
     with pytest.raises(ResolutionError) as caught:
         assembled(device="bare/bare")
     message = str(caught.value)
-    assert "no op fits moe_experts on bare in float32, which bare/choosy asks for" in message
+    assert (
+        "no op fits moe_experts on bare in float32, which bare/choosy asks for and is offered on reference; choose such a device ([device] name)"
+        in message
+    )
     assert "core/moe_experts: device bare not in reference" in message
 
 

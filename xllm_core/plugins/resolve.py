@@ -315,7 +315,8 @@ class Resolver:
         query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
         need = f"{name} on {facts.kind} in {dtype}"
         if asked_by and name not in CORE_OPS:
-            need += f", which {asked_by} asks for"
+            kinds = sorted({kind for offer in offers for kind in offer.spec.devices}) or ["no device"]
+            need += f", which {asked_by} asks for and is offered on {', '.join(kinds)}; choose such a device ([device] name)"
         return choose(f"op.{name}", offers, self.settings, partial(unfit_op, query=query), need=need, query=query)
 
     def fusions(

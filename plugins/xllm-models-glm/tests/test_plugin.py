@@ -38,10 +38,10 @@ def test_what_the_commands_say(tiny: Callable[..., Path]) -> None:
         listed.stdout + listed.stderr
     )
     for kind, name in (("glm", "glm"), ("glm4", "glm4"), ("moe", "glm4-moe")):
-        done = xllm("plugins", "why", "model", "--model", str(tiny(kind)))
+        done = xllm("plugins", "why", "model", "--model", str(tiny(kind)), "--device", "core/reference")
         assert f"chosen   glm/{name}" in done.stdout, done.stdout + done.stderr
         assert "rejected core/transformers  not asked" in done.stdout
-    done = xllm("plugins", "why", "op.moe_experts", "--model", str(tiny("moe")))
+    done = xllm("plugins", "why", "op.moe_experts", "--model", str(tiny("moe")), "--device", "core/reference")
     assert "chosen   core/moe_experts" in done.stdout, done.stdout + done.stderr
     assert xllm("doctor").returncode == 0
 
@@ -58,15 +58,16 @@ def test_wheels_generate_in_a_fresh_environment(tiny: Callable[..., Path], tmp_p
     assert len(wheels) == 2
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True, timeout=120)
     python = str(tmp_path / "env" / "bin" / "python")
+    # What is on PYTHONPATH here would count as installed there.
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     constraints = ROOT / "constraints.txt"
     (torch,) = re.findall(r"^torch==\S+", constraints.read_text(), re.MULTILINE)
     for packages in ([torch], ["-c", str(constraints), *wheels]):
-        subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True, timeout=1200)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True, timeout=1200, env=environment)
     code = (
         "import sys, xllm_models_glm; from xllm_core import LLM, SamplingParams\n"
         "params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)\n"
-        "with LLM(sys.argv[1], dtype='float32', num_blocks=16) as llm:\n"
+        "with LLM(sys.argv[1], dtype='float32', num_blocks=16, use={'device': 'core/reference'}) as llm:\n"
         "    print(xllm_models_glm.__file__, llm.generate([{'prompt_token_ids': [3, 1, 4]}], params, use_tqdm=False)[0].outputs[0].token_ids)\n"
     )
     for kind in ("glm", "glm4", "moe"):

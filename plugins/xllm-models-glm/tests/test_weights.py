@@ -61,7 +61,7 @@ def test_damaged_checkpoints_are_refused_by_tensor(
     """Through the engine's own start. Killed by: zeros in the place of what is missing."""
     path = damaged(tiny("moe"), tmp_path, change)
     with pytest.raises(WeightMismatchError, match=f"(?s){says}"):
-        LLM(str(path), dtype="float32", num_blocks=16)
+        LLM(str(path), dtype="float32", num_blocks=16, use={"device": "core/reference"})
 
 
 def test_drafting_layers_are_passed_by(tiny: Callable[..., Path], tmp_path: Path) -> None:
