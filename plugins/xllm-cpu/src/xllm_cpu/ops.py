@@ -160,7 +160,7 @@ class MoeExperts:
         )
         _check(
             is_right and is_typed and counts.shape == (prepared.num_experts,),
-            "x, ids, weights or counts do not fit the experts",
+            "x, ids, weights or counts do not fit",
             x,
             ids,
             weights,
