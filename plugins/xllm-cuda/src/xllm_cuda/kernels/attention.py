@@ -101,18 +101,19 @@ def merge_splits(
     entry = merges + tl.program_id(0) * 4
     kv_head = tl.program_id(1)
     first_token, num_queries = tl.load(entry).to(tl.int64), tl.load(entry + 1)
-    first_place, num_places = tl.load(entry + 2), tl.load(entry + 3)
+    first_place = tl.load(entry + 2).to(tl.int64)
+    end_place = first_place + tl.load(entry + 3)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     all_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for place in range(first_place, first_place + num_places):
-        rows = (place.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + m
+    for place in range(first_place, end_place):
+        rows = (place * tl.num_programs(1) + kv_head) * BLOCK_M + m
         all_max = tl.maximum(all_max, tl.load(partial_max + rows))
     base = tl.where(all_max == float("-inf"), 0.0, all_max)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for place in range(first_place, first_place + num_places):
-        rows = (place.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + m
+    for place in range(first_place, end_place):
+        rows = (place * tl.num_programs(1) + kv_head) * BLOCK_M + m
         weight = tl.exp2(tl.load(partial_max + rows) - base)
         total += weight * tl.load(partial_sum + rows)
         acc += weight[:, None] * tl.load(partial_acc + rows[:, None] * BLOCK_D + d[None, :])
