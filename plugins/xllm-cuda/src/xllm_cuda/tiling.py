@@ -118,5 +118,5 @@ class SamplerTiling:
 
 
 def sampler_tiling(vocab_size: int) -> SamplerTiling:
-    """Rows of logits in pieces; one program has a row to itself."""
-    return SamplerTiling(min(4096, next_power_of_2(vocab_size)), num_warps=8)
+    """Rows of logits in pieces; one program has a row to itself. A piece times sixteen digits must fit into registers: the wider piece spilled."""
+    return SamplerTiling(min(1024, next_power_of_2(vocab_size)), num_warps=16)

@@ -16,9 +16,9 @@ _MIX_2 = tl.constexpr(-7723592293110705685)  # 0x94D049BB133111EB
 
 @triton.jit
 def ordered(scores):
-    """float32 -> int64 in 0 .. 2^32 - 1, in the same order; -0.0 stands just before 0.0."""
-    bits = scores.to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(bits < 0, -1 - bits, bits + 2147483648)
+    """float32 -> uint32 in the same order; -0.0 stands just before 0.0."""
+    bits = scores.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
@@ -49,55 +49,48 @@ def row_scores(logits, start, vocab, best, temperature, BLOCK: tl.constexpr):
 def top_k_threshold(logits, vocab, best, temperature, top_k, BLOCK: tl.constexpr):
     """The top_k-th largest score of a row, ties counted, as `ordered` gives it. 1 <= top_k <= vocab."""
     digit = tl.arange(0, 16)
-    prefix = tl.zeros([], tl.int64)
-    wanted = top_k
+    prefix = tl.zeros([], tl.uint32)
+    wanted = top_k.to(tl.int32)
     for shift_at in range(0, 8):
         shift = 28 - 4 * shift_at
-        counts = tl.zeros([16], tl.int64)
+        counts = tl.zeros([16], tl.int32)
         for start in range(0, vocab, BLOCK):
             token, scores = row_scores(logits, start, vocab, best, temperature, BLOCK)
             keys = ordered(scores)
-            is_candidate = (token < vocab) & ((keys >> (shift + 4)) == prefix)
+            is_candidate = (token < vocab) & ((keys >> shift >> 4) == prefix)
             is_here = is_candidate[:, None] & (((keys >> shift) & 15)[:, None] == digit[None, :])
-            counts += tl.sum(is_here.to(tl.int64), 0)
+            counts += tl.sum(is_here.to(tl.int32), 0)
         at_least = tl.cumsum(counts, 0, reverse=True)
         chosen = tl.max(tl.where(at_least >= wanted, digit, 0), 0)
         wanted -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
-        prefix = prefix * 16 + chosen
+        prefix = prefix * 16 + chosen.to(tl.uint32)
     return prefix
 
 
 @triton.jit
-def kept_mass(logits, vocab, best, temperature, floor, BLOCK: tl.constexpr):
-    """Sum of exp(score) over scores that are not below `floor`."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        token, scores = row_scores(logits, start, vocab, best, temperature, BLOCK)
-        total += tl.where((token < vocab) & (ordered(scores) >= floor), tl.exp(scores), 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def top_p_threshold(logits, vocab, best, temperature, floor, limit, BLOCK: tl.constexpr):
-    """The smallest score, of those not below `floor`, whose betters weigh less than `limit`; the likeliest in any case."""
+def top_p_threshold(logits, vocab, best, temperature, floor, top_p, BLOCK: tl.constexpr):
+    """The smallest score, of those not below `floor`, whose betters weigh less than top_p of all of these; the likeliest in any case."""
     digit = tl.arange(0, 16)
-    prefix = tl.zeros([], tl.int64)
+    prefix = tl.zeros([], tl.uint32)
     above = tl.zeros([], tl.float32)
+    limit = tl.zeros([], tl.float32)
     for shift_at in range(0, 8):
         shift = 28 - 4 * shift_at
         weights = tl.zeros([16], tl.float32)
         for start in range(0, vocab, BLOCK):
             token, scores = row_scores(logits, start, vocab, best, temperature, BLOCK)
             keys = ordered(scores)
-            is_candidate = (token < vocab) & (keys >= floor) & ((keys >> (shift + 4)) == prefix)
+            is_candidate = (token < vocab) & (keys >= floor) & ((keys >> shift >> 4) == prefix)
             is_here = is_candidate[:, None] & (((keys >> shift) & 15)[:, None] == digit[None, :])
             weights += tl.sum(tl.where(is_here, tl.exp(scores)[:, None], 0.0), 0)
+        if shift_at == 0:  # every candidate was weighed
+            limit = top_p * tl.sum(weights, 0)
         at_least = tl.cumsum(weights, 0, reverse=True)
         is_open = (weights > 0) & (above + (at_least - weights) < limit)
         heaviest = tl.max(tl.where(weights > 0, digit, 0), 0)
         chosen = tl.minimum(tl.min(tl.where(is_open, digit, 16), 0), heaviest)
         above += tl.sum(tl.where(digit > chosen, weights, 0.0), 0)
-        prefix = prefix * 16 + chosen
+        prefix = prefix * 16 + chosen.to(tl.uint32)
     return prefix
 
 
@@ -123,7 +116,7 @@ def sample_rows(
         best_token = tl.where(high > best, at, best_token)
         best = tl.maximum(best, high)
     if temperature > 0:
-        floor = tl.zeros([], tl.int64)
+        floor = tl.zeros([], tl.uint32)
         if HAS_TOP_K:
             top_k = tl.load(top_ks + row)
             if (top_k > 0) & (top_k < vocab):
@@ -131,12 +124,11 @@ def sample_rows(
         if HAS_TOP_P:
             top_p = tl.load(top_ps + row)
             if top_p < 1:
-                total = kept_mass(logits, vocab, best, temperature, floor, BLOCK)
-                floor = tl.maximum(
-                    floor, top_p_threshold(logits, vocab, best, temperature, floor, top_p * total, BLOCK)
-                )
+                floor = tl.maximum(floor, top_p_threshold(logits, vocab, best, temperature, floor, top_p, BLOCK))
         if HAS_MIN_P:
-            floor = tl.maximum(floor, ordered(tl.log(tl.load(min_ps + row))))
+            min_p = tl.load(min_ps + row)
+            if min_p > 0:
+                floor = tl.maximum(floor, ordered(tl.log(min_p)))
         key = tl.load(keys + row)
         best_noised = tl.full([], float("-inf"), tl.float32)
         for start in range(0, vocab, BLOCK):
