@@ -19,7 +19,12 @@ class CudaDevice:
     def __init__(self, index: int = 0) -> None:
         count = torch.cuda.device_count()
         if not 0 <= index < count:
-            raise ConfigError(f"[device] index = {index}: there are {count} CUDA devices here, 0 to {count - 1}")
+            known = (
+                f"indices here are 0 to {count - 1}"
+                if count
+                else "no CUDA device is visible here; xllm doctor says what is missing"
+            )
+            raise ConfigError(f"[device] index = {index}: {known}")
         capability = torch.cuda.get_device_capability(index)
         if capability < MIN_CAPABILITY:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xllm_core.plugins import AttentionQuery
-from xllm_cuda.tiling import MAX_HEAD_SIZE, MAX_GROUP
+from xllm_cuda.tiling import MAX_GROUP, MAX_HEAD_SIZE
 
 
 def check_attention(query: AttentionQuery) -> str | None:

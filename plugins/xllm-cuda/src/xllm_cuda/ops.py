@@ -47,7 +47,10 @@ class AddRmsNorm:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual: [T, H]."""
         x, residual = _with_dense_rows(x), _with_dense_rows(residual)
-        out, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out, total = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device),
+            torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        )
         tiling = norm_tiling(x.shape[-1])
         add_rms_norm_rows[(-(-len(x) // tiling.rows),)](
             x, residual, weight, out, total, *x.shape, eps, x.stride(0), residual.stride(0),
@@ -167,7 +170,14 @@ class BlockCopy:
             grid = (len(src), len(tensors), -(-buffer.shape[-1] // tiling.block))
             for rows, is_first in ((src, True), (dst, False)):
                 copy_rows[grid](
-                    addresses, buffer, rows, buffer.shape[-1], len(tensors), is_first, tiling.block, num_warps=tiling.num_warps
+                    addresses,
+                    buffer,
+                    rows,
+                    buffer.shape[-1],
+                    len(tensors),
+                    is_first,
+                    tiling.block,
+                    num_warps=tiling.num_warps,
                 )
 
 

@@ -49,7 +49,13 @@ def xllm_ops() -> Iterable[OpSpec]:
         )  # fmt: skip
     for op, name in {"linear": "Linear", "embedding": "Embedding"}.items():
         yield OpSpec(
-            name=op, op=op, target=f"xllm_cuda.linear:{name}", rank=50, devices=_CUDA, dtypes=_DTYPES, summary="torch's own"
+            name=op,
+            op=op,
+            target=f"xllm_cuda.linear:{name}",
+            rank=50,
+            devices=_CUDA,
+            dtypes=_DTYPES,
+            summary="torch's own",
         )
 
 

@@ -84,7 +84,7 @@ def _missing_gpu() -> Iterator[str]:
     import torch
 
     if not torch.cuda.is_available():
-        yield f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU; is the driver new enough for it, and CUDA_VISIBLE_DEVICES not empty?"
+        yield f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU; is the driver new enough, CUDA_VISIBLE_DEVICES not empty?"
         return
     best = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     if best < MIN_CAPABILITY:

@@ -50,7 +50,13 @@ class Launch:
     @property
     def key(self) -> str:
         """Equal for launches that compile to the same code."""
-        return repr((self.name, *map(sorted, (self.signature.items(), self.constants.items(), self.options.items())), self.aligned))
+        return repr(
+            (
+                self.name,
+                *map(sorted, (self.signature.items(), self.constants.items(), self.options.items())),
+                self.aligned,
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,9 @@ class Table:
     def to_json(self) -> str:
         """As checked in: a row to a line, so that a change is a short difference."""
         head = {"sources": self.sources, "triton": self.triton}
-        kernels, rooflines = (",\n".join(json.dumps(asdict(row)) for row in rows) for rows in (self.kernels, self.rooflines))
+        kernels, rooflines = (
+            ",\n".join(json.dumps(asdict(row)) for row in rows) for rows in (self.kernels, self.rooflines)
+        )
         return f'{json.dumps(head)[:-1]}, "kernels": [\n{kernels}\n], "rooflines": [\n{rooflines}\n]}}\n'
 
     @classmethod
@@ -150,9 +152,16 @@ def build(capabilities: Iterable[int], *, models: Iterable[str] = (), workload_n
                     needs = known[launch.key, capability]
                     table.kernels.append(
                         KernelRow(
-                            *about, launch.name, capability, needs.registers, needs.spill_bytes, needs.shared_bytes, needs.threads,
-                            needs.matrix, workload.is_hot,
-                        )  # fmt: skip
+                            *about,
+                            launch.name,
+                            capability,
+                            needs.registers,
+                            needs.spill_bytes,
+                            needs.shared_bytes,
+                            needs.threads,
+                            needs.matrix,
+                            workload.is_hot,
+                        )
                     )
     return table
 
@@ -164,15 +173,18 @@ def render(table: Table) -> str:
 
 def _head(table: Table) -> list[str]:
     cards = ", ".join(
-        f"sm_{c.capability} {c.name}: {c.bytes_per_s / 1e12:g} TB/s, {c.matrix_per_s / 1e12:g} TFLOP/s dense bfloat16, {c.float32_per_s / 1e12:g} float32"
+        f"sm_{c.capability} {c.name}: {c.bytes_per_s / 1e12:g} TB/s, {c.matrix_per_s / 1e12:g} TFLOP/s dense bfloat16, "
+        f"{c.float32_per_s / 1e12:g} float32"
         for c in CHIPS
     )
     return [
         "# What the kernels need",
         "",
-        f"Compiled by triton {table.triton}, without a GPU; none of it ran on one. Written by `python -m xllm_cuda.aot --write`; `make nightly` does it",
-        "again and fails if anything differs, the ordinary tests fail if the sources do. Per thread: registers; per program: bytes spilled, shared",
-        "memory, threads, and how many programs an SM holds at once by these three. float16 compiles to the same as bfloat16.",
+        f"Compiled by triton {table.triton}, without a GPU; none of it ran on one. Written by `python -m xllm_cuda.aot --write`;",
+        "`make nightly` does it again and fails if anything differs, the ordinary tests fail if the sources do.",
+        "",
+        "A cell: registers of a thread (r), bytes spilled (sp), bytes of shared memory (B) and threads (t) of a program, how many programs an SM",
+        "holds at once by these, and the matrix instruction where there is one. float16 compiles to the same as bfloat16.",
         "",
         f"The roofline takes the makers' figures ({cards}). It is a bound: nobody has measured how near the kernels come.",
     ]
@@ -192,11 +204,19 @@ def _kernel_lines(table: Table) -> Iterator[str]:
         text = f"{row.registers} r, {row.spill_bytes} sp, {row.shared_bytes} B, {row.threads} t, {_programs(row, chips[row.capability])}/SM"
         text += f", {row.matrix}" if row.matrix else ""
         place = cells.setdefault((row.model, row.dtype, row.workload, row.kernel), {})
-        place[row.capability] = f"{place[row.capability]}; {text}" if row.capability in place and place[row.capability] != text else text
+        place[row.capability] = (
+            f"{place[row.capability]}; {text}" if row.capability in place and place[row.capability] != text else text
+        )
     last = ("", "")
     for (model, dtype, workload, kernel), by_chip in cells.items():
         if (model, dtype) != last:
-            yield from ("", f"## {model}, {dtype}", "", "| work | kernel | sm_80 | sm_90 | sm_100 |", "|---|---|---|---|---|")
+            yield from (
+                "",
+                f"## {model}, {dtype}",
+                "",
+                "| work | kernel | sm_80 | sm_90 | sm_100 |",
+                "|---|---|---|---|---|",
+            )
             last = (model, dtype)
         yield f"| {workload} | `{kernel}` | {' | '.join(by_chip.get(c.capability, '') for c in CHIPS)} |"
 

@@ -117,7 +117,8 @@ def workloads(shape: Shape, dtype: torch.dtype) -> Iterator[Workload]:
     # Queries, keys and values are views of one product, as models make them.
     qkv = new(BATCH, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size)
     q, k, v = (
-        part.unflatten(1, (-1, shape.head_size)) for part in qkv.split((shape.num_heads * shape.head_size, kv, kv), dim=1)
+        part.unflatten(1, (-1, shape.head_size))
+        for part in qkv.split((shape.num_heads * shape.head_size, kv, kv), dim=1)
     )
     cos, sin, slots = new(BATCH, shape.rotated), new(BATCH, shape.rotated), ids(BATCH)
     q_terms: Term = (2, BATCH, shape.num_heads, shape.head_size, size)
@@ -177,7 +178,14 @@ def _sampling(shape: Shape) -> Workload:
         column = device.allocate((BATCH,), torch.float32)
         zeros = torch.zeros(BATCH, dtype=torch.int64)
         batch = SamplingBatch(
-            False, column, device.allocate((BATCH,), torch.int64), column, column, seeds=zeros, indices=zeros, positions=zeros
+            False,
+            column,
+            device.allocate((BATCH,), torch.int64),
+            column,
+            column,
+            seeds=zeros,
+            indices=zeros,
+            positions=zeros,
         )
         return TritonSampler(device).sample(device.allocate((BATCH, shape.vocab), torch.float32), batch)
 

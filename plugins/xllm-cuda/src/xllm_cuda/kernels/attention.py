@@ -81,7 +81,9 @@ def attend_tiles(
         # Rows beyond the tile's queries saw nothing; they are not stored, and must not divide by zero.
         normed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
         tl.store(
-            out + offsets[:, None] + d[None, :], normed.to(out.dtype.element_ty), mask=is_row[:, None] & is_element[None, :]
+            out + offsets[:, None] + d[None, :],
+            normed.to(out.dtype.element_ty),
+            mask=is_row[:, None] & is_element[None, :],
         )
     else:
         rows = (place.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + m

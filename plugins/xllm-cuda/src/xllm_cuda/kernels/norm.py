@@ -11,7 +11,7 @@ def rms_norm_rows(
     x, weight, out, num_rows, size, eps, stride_outer, stride_inner,
     INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of x, each `size` long in BLOCK columns. Row i of x begins at i // INNER * stride_outer + i % INNER * stride_inner; out: [N, size]."""
+    """ROWS rows of x, each `size` long in BLOCK columns; row i begins at i // INNER * stride_outer + i % INNER * stride_inner. out: [N, size]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < num_rows)[:, None] & (column < size)[None, :]

@@ -9,7 +9,8 @@ import triton.language as tl
 @triton.jit
 def rope_heads(
     q, k, v, q_out, k_out, v_out, cos, sin, slots,
-    stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head, stride_cos, stride_block, stride_slot, stride_kv_head,
+    stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head, stride_cos,
+    stride_block, stride_slot, stride_kv_head,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, WRITES_KV: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +32,9 @@ def rope_heads(
     is_q = head < NUM_HEADS
     kv_head = head - NUM_HEADS
     is_k = (head >= NUM_HEADS) & (kv_head < NUM_KV_HEADS)
-    source = tl.where(is_q, q + token * stride_q_token + head * stride_q_head, k + token * stride_k_token + kv_head * stride_k_head)
+    source = tl.where(
+        is_q, q + token * stride_q_token + head * stride_q_head, k + token * stride_k_token + kv_head * stride_k_head
+    )
     if WRITES_KV:
         slot = tl.load(slots + token)
         is_k = is_k & (slot >= 0)

@@ -51,7 +51,7 @@ def top_k_threshold(logits, vocab, best, temperature, top_k, BLOCK: tl.constexpr
     digit = tl.arange(0, 16)
     prefix = tl.zeros([], tl.uint32)
     wanted = top_k.to(tl.int32)
-    for shift_at in range(0, 8):
+    for shift_at in range(8):
         shift = 28 - 4 * shift_at
         counts = tl.zeros([16], tl.int32)
         for start in range(0, vocab, BLOCK):
@@ -74,7 +74,7 @@ def top_p_threshold(logits, vocab, best, temperature, floor, top_p, BLOCK: tl.co
     prefix = tl.zeros([], tl.uint32)
     above = tl.zeros([], tl.float32)
     limit = tl.zeros([], tl.float32)
-    for shift_at in range(0, 8):
+    for shift_at in range(8):
         shift = 28 - 4 * shift_at
         weights = tl.zeros([16], tl.float32)
         for start in range(0, vocab, BLOCK):
