@@ -1,0 +1,191 @@
+"""A real mooncake_master on loopback for each test that wants one, engines in processes of their own, and a tiny random Llama."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xllm_mooncake.client import answers
+from xllm_mooncake.here import check
+from xllm_mooncake.master import master_command, master_environment
+
+SMALL = {"allow_wildcard_listeners": True, "segment_bytes": 32 << 20, "staging_bytes": 1 << 20}
+"""Settings of a store for tests, but for its master."""
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Master:
+    """A mooncake_master, and what can happen to it. Also a `StorePeer` of the conformance kit."""
+
+    def __init__(self) -> None:
+        self.port, self.metrics_port = free_port(), free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.settings: Mapping[str, Any] = {**SMALL, "master": self.address}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Start it, at the same address each time."""
+        command = master_command(self.port, self.metrics_port)
+        # client_ttl: seconds until a dead provider is forgotten.
+        command += ["--client_ttl=2", "--default_kv_lease_ttl=10000"]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, env=master_environment(), stdout=quiet, stderr=quiet)
+        wait_for(lambda: answers(self.address), "the master")
+
+    def kill(self) -> None:
+        """As kill -9 does."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+
+    def pause(self) -> None:
+        """It keeps its port, and answers nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It goes on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+    """The first true value; fails the test after the timeout."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline_s, f"no {what} within {timeout_s:g} s"
+        time.sleep(0.01)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def has_mooncake() -> None:
+    """Without wheel or library the test is skipped with the command that helps; under CI=true it fails."""
+    if reason := check():
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def master() -> Iterator[Master]:
+    """A running one."""
+    one = Master()
+    yield one
+    one.kill()
+
+
+@pytest.fixture
+def xllm_store_peer(master: Master) -> Master:
+    """For the conformance kit."""
+    return master
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers of random weights in float32."""
+    from xllm_core.testing.tiny import tiny_config, write_tiny
+
+    config = tiny_config("LlamaForCausalLM", max_position_embeddings=512)
+    return str(write_tiny(config, tmp_path_factory.mktemp("models") / "tiny"))
+
+
+class EngineProcess:
+    """`engine_process.py` in a process of its own; asked by JSON lines."""
+
+    def __init__(self, model: str, master: Master | None, **settings: Any) -> None:
+        table = {**SMALL, "master": master.address, **settings} if master is not None else None
+        command = [sys.executable, str(Path(__file__).with_name("engine_process.py")), model, json.dumps(table)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.stderr: list[str] = []
+        threading.Thread(target=self._hear, daemon=True).start()
+        self._buffer = b""
+        self.ready = self._answer()
+
+    def ask(self, **request: Any) -> Any:
+        """One request, one answer."""
+        self.send(**request)
+        return self._answer()
+
+    def send(self, **request: Any) -> None:
+        """A request whose answer is taken later."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def generate(self, *prompts: list[int], max_tokens: int = 8) -> dict[str, Any]:
+        """tokens per prompt, and how long after its submission the first token of each came, by the engine's clock."""
+        found: dict[str, Any] = self.ask(do="generate", prompts=list(prompts), max_tokens=max_tokens)
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        """The store's counters, and what the KV manager loaded: store_tokens."""
+        found: dict[str, Any] = self.ask(do="stats")
+        return found
+
+    def close(self) -> None:
+        """End it as a user would, else by force."""
+        if self.process.poll() is None:
+            try:
+                self.send(do="close")
+                self.process.wait(20)
+            except (OSError, subprocess.TimeoutExpired):
+                self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self.process.wait()
+
+    def _answer(self, timeout_s: float = 60.0) -> Any:
+        assert self.process.stdout is not None
+        deadline_s = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            wait_s = max(0.0, deadline_s - time.monotonic())
+            assert select.select([self.process.stdout], [], [], wait_s)[0], f"no answer: {self.stderr[-20:]}"
+            piece = os.read(self.process.stdout.fileno(), 1 << 16)
+            assert piece, f"the engine process has ended: {self.stderr[-20:]}"
+            self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _hear(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            self.stderr += (line.decode(errors="replace").rstrip() for line in iter(lines.readline, b""))
+
+
+@pytest.fixture
+def engine(model: str) -> Iterator[Callable[..., EngineProcess]]:
+    """engine(master, **settings of [plugin.mooncake]); without a master an engine without a store."""
+    made: list[EngineProcess] = []
+
+    def start(master: Master | None = None, **settings: Any) -> EngineProcess:
+        made.append(EngineProcess(model, master, **settings))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
