@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -12,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +150,19 @@ class EngineProcess:
         found: dict[str, Any] = self.ask(do="stats")
         return found
 
-    def close(self) -> None:
-        """End it as a user would, else by force."""
+    def end(self) -> None:
+        """Tell it to end, as a user would."""
         if self.process.poll() is None:
-            try:
+            with contextlib.suppress(OSError):
                 self.send(do="close")
-                self.process.wait(20)
-            except (OSError, subprocess.TimeoutExpired):
-                self.process.kill()
+
+    def close(self) -> None:
+        """Wait until it has ended; if it does not, by force."""
+        self.end()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -180,6 +189,10 @@ class EngineProcess:
 @pytest.fixture
 def engine(model: str) -> Iterator[Callable[..., EngineProcess]]:
     """engine(master, **settings of [plugin.mooncake]); without a master an engine without a store."""
+    yield from _starting(model)
+
+
+def _starting(model: str) -> Iterator[Callable[..., EngineProcess]]:
     made: list[EngineProcess] = []
 
     def start(master: Master | None = None, **settings: Any) -> EngineProcess:
@@ -188,4 +201,75 @@ def engine(model: str) -> Iterator[Callable[..., EngineProcess]]:
 
     yield start
     for one in made:
+        one.end()
+    for one in made:
         one.close()
+
+
+@pytest.fixture(scope="session")
+def _together(model: str) -> Iterator[tuple[Master, EngineProcess, EngineProcess, EngineProcess]]:
+    if reason := check():  # before the fixture that skips
+        pytest.skip(reason)
+    master, start = Master(), _starting(model)
+    engine = next(start)
+    yield master, engine(master), engine(master), engine()
+    next(start, None)
+    master.kill()
+
+
+@dataclass
+class Pair:
+    """Two engines that share a master, and one without a store. What one test stored is not in the way of the next: prompts differ."""
+
+    master: Master
+    first: EngineProcess
+    second: EngineProcess
+    plain: EngineProcess
+    prompts: list[list[int]]
+    expected: list[list[int]]
+    before: dict[str, Any]
+
+    def delta(self) -> dict[str, Any]:
+        """What the counters of `second` have gained since the test began; breaker_is_open as it is."""
+        now = self.second.stats()
+        return {name: now[name] - self.before[name] for name in self.before if name != "client_pid"} | {
+            "breaker_is_open": now["breaker_is_open"]
+        }
+
+    def store(self) -> None:
+        """`first` computes the prompts, and its blocks arrive in the store."""
+        before = self.first.stats()["stored_blocks"]
+
+        def is_stored() -> bool:
+            """Of a master that was restarted a moment ago the first blocks are refused; they are offered again."""
+            assert self.first.generate(*self.prompts)["tokens"] == self.expected
+            self.first.ask(do="settle")
+            return self.first.stats()["stored_blocks"] >= before + NUM_BLOCKS
+
+        wait_for(is_stored, "blocks in the store")
+
+
+NUM_BLOCKS = 10
+"""Of 16 tokens, which the prompts of a test share."""
+
+_prefixes = itertools.count(1)
+
+
+def make_prompts() -> list[list[int]]:
+    """Three that begin alike, and unlike those of any other test."""
+    draw = random.Random(next(_prefixes))
+    prefix = [draw.randrange(3, 125) for _ in range(16 * NUM_BLOCKS)]
+    return [[*prefix, *([11 + i] * (3 + 5 * i))] for i in range(3)]
+
+
+@pytest.fixture
+def pair(_together: tuple[Master, EngineProcess, EngineProcess, EngineProcess]) -> Iterator[Pair]:
+    """Both engines well, and the prompts of this test."""
+    master, first, second, plain = _together
+    prompts = make_prompts()
+    yield Pair(master, first, second, plain, prompts, plain.generate(*prompts)["tokens"], second.stats())
+    master.resume()
+    if master.process is None or master.process.poll() is not None:
+        master.restart()
+    for one in (first, second):
+        wait_for(lambda one=one: not one.stats()["breaker_is_open"], "closed breaker")

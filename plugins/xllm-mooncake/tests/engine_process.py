@@ -36,7 +36,7 @@ class Host:
         begun_s = time.monotonic()
         tokens: dict[str, list[int]] = {name: [] for name in names}
         first_s: dict[str, float] = {}
-        gaps_s, last_s = [0.0], begun_s
+        gaps_s, last_s, num_passing = [0.0], begun_s, 0
         for _ in range(MAX_STEPS):
             if not engine.has_work:
                 break
@@ -44,12 +44,13 @@ class Host:
             now_s = time.monotonic()
             gaps_s.append(now_s - last_s)
             last_s = now_s
+            num_passing += len(outputs) if engine.scheduler.parked else 0
             for output in outputs:
                 first_s.setdefault(output.request_id, now_s - begun_s)
                 tokens[output.request_id] += output.new_token_ids
         return {
             "tokens": [tokens[name] for name in names], "first_s": [first_s.get(name) for name in names],
-            "longest_step_s": max(gaps_s), "waited": engine.scheduler.stats.num_waited_for_kv,
+            "longest_step_s": max(gaps_s), "passing": num_passing, "waited": engine.scheduler.stats.num_waited_for_kv,
         }  # fmt: skip
 
     def settle(self) -> dict[str, Any]:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from .conftest import EngineProcess, Master, wait_for
-
-PREFIX = [(7 * i) % 120 + 3 for i in range(160)]
-"""Ten blocks of 16."""
-
-PROMPTS = [[*PREFIX, *([11 + i] * (3 + 5 * i))] for i in range(3)]
+from .conftest import NUM_BLOCKS, Pair, wait_for
 
 
-def stored(one: EngineProcess, at_least: int) -> dict[str, Any]:
-    """Counters, once so many blocks have arrived in the store."""
-    one.ask(do="settle")
-    return wait_for(lambda: (found := one.stats())["stored_blocks"] >= at_least and found, f"{at_least} blocks in the store")
-
-
-def test_a_second_engine_serves_a_prefix_that_it_never_computed(master: Master, engine: Callable[..., EngineProcess]) -> None:
+def test_a_second_engine_serves_a_prefix_that_it_never_computed(pair: Pair) -> None:
     """Blocks of the first engine, offloaded when its requests ended, are found by the second, and its tokens are those of no store at all."""
-    plain, first, second = engine(), engine(master), engine(master)
-    expected = plain.generate(*PROMPTS)["tokens"]
-    assert first.generate(*PROMPTS)["tokens"] == expected
-    stored(first, 10)
-    found = second.generate(*PROMPTS)
-    stats = second.stats()
-    assert found["tokens"] == expected
-    assert found["waited"] == 3, "every request asks the store, which answers later"
-    assert stats["store_tokens"] >= 160 and stats["loaded_blocks"] >= 10 and stats["hits"] >= 1, stats
-    assert stats["stored_blocks"] == 0 or stats["stored_blocks"] < 10, "what is there is not stored again"
-    assert (stats["bad_values"], stats["failed_loads"], stats["breaker_openings"]) == (0, 0, 0)
+    pair.store()
+    found = pair.second.generate(*pair.prompts)
+    gained = pair.delta()
+    assert found["tokens"] == pair.expected
+    assert gained["store_tokens"] >= 16 * NUM_BLOCKS and gained["loaded_blocks"] >= NUM_BLOCKS and gained["hits"] >= 1, gained
+    assert gained["laters"] >= 1, "the store answers later"
+    assert (gained["bad_values"], gained["failed_loads"], gained["breaker_openings"]) == (0, 0, 0)
+    pair.second.ask(do="settle")
+    assert pair.delta()["stored_blocks"] < NUM_BLOCKS, "what is there is not stored again"
+
+
+def test_others_run_while_one_waits(pair: Pair) -> None:
+    """A request whose blocks are on their way stands aside; others get tokens meanwhile."""
+    pair.store()
+    pair.master.pause()  # so that it waits for sure, until its time is over
+    prompts = [[5, 6, 7], pair.prompts[0]]
+    found = pair.second.generate(*prompts, max_tokens=40)
+    pair.master.resume()
+    assert found["passing"] > 0, found
+    assert found["tokens"] == pair.plain.generate(*prompts, max_tokens=40)["tokens"]
+
+
+def test_blocks_come_back_after_the_device_forgot_them(pair: Pair) -> None:
+    """Offload and restore in one engine: the same tokens, and nothing computed twice that was stored."""
+    pair.store()
+    before = pair.first.stats()
+    pair.first.ask(do="reset")
+    assert pair.first.generate(*pair.prompts)["tokens"] == pair.expected
+    after = wait_for(lambda: (now := pair.first.stats())["loaded_blocks"] >= before["loaded_blocks"] + NUM_BLOCKS and now, "loads")
+    assert after["stored_blocks"] == before["stored_blocks"]
