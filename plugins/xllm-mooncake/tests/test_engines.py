@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .conftest import NUM_BLOCKS, Pair, wait_for
+from .conftest import NUM_BLOCKS, Pair
+from .real_master import wait_for
 
 
 def test_a_second_engine_serves_a_prefix_that_it_never_computed(pair: Pair) -> None:

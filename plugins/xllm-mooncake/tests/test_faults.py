@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from .conftest import NUM_BLOCKS, EngineProcess, Master, Pair, wait_for
+from .conftest import NUM_BLOCKS, EngineProcess, Pair
+from .real_master import Master, wait_for
 
 LOOKUP_S, LOAD_S = 0.5, 2.0
 """The defaults of lookup_timeout_s and load_timeout_s. A first token is late by their sum at most; README, "When something fails"."""
@@ -102,9 +103,13 @@ def test_the_master_hangs(pair: Pair) -> None:
 def test_a_provider_dies(master: Master, provider: subprocess.Popen[bytes], engine: Callable[..., EngineProcess], pair: Pair) -> None:
     """The master still says that its blocks are held, and nobody has them."""
     first, second = engine(master, segment_bytes=0), engine(master, segment_bytes=0)
-    first.generate(*pair.prompts)
-    first.ask(do="settle")
-    wait_for(lambda: (s := first.stats())["stored_blocks"] >= NUM_BLOCKS or print(s), "blocks in the store")
+
+    def is_stored() -> bool:
+        first.generate(*pair.prompts)
+        first.ask(do="settle")
+        return first.stats()["stored_blocks"] >= NUM_BLOCKS
+
+    wait_for(is_stored, "blocks in the store")
     provider.kill()
     provider.wait()
     is_right(second.generate(*pair.prompts), pair.expected)

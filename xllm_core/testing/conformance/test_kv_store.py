@@ -212,6 +212,10 @@ def test_closing_ends_everything(case: Case, bench: StoreBench) -> None:
 
 def test_a_dead_peer_is_a_miss(case: Case, bench: StoreBench, peer: Any) -> None:
     """Its peer killed, calls still return, loads fail and lookups find nothing; restarted, it takes blocks again."""
+    import uuid
+
+    from xllm_core.testing.store_bench import keys_of
+
     _need(case, peer)
     keys = keys_for(bench, "killed", 2)
     assert bench.save(keys, [1, 2], FULL) and bench.settled(keys) == 2
@@ -220,9 +224,10 @@ def test_a_dead_peer_is_a_miss(case: Case, bench: StoreBench, peer: Any) -> None
     assert not bench.end(ticket), "a load succeeded although the peer is dead"
     bench.settled(keys)
     peer.restart()
-    for attempt in range(50):  # it may take a moment to find its peer again
-        fresh = keys_for(bench, f"restarted {attempt}", 2)
-        if bench.save(fresh, [1, 2], FULL) and bench.settled(fresh) == 2:
+    for attempt in range(50):  # it may take a moment to find its peer again, and want nothing until then
+        fresh = keys_of(f"restarted {attempt} {uuid.uuid4()}", 2)
+        is_wanted = all(bench.at_once("wants()", partial(bench.index.wants, fresh)))
+        if is_wanted and bench.save(fresh, [1, 2], FULL) and bench.settled(fresh) == 2:
             break
         threading.Event().wait(0.1)
     else:

@@ -15,7 +15,7 @@ def check(query: object = None) -> str | None:
     if sys.platform != "linux":
         return f"Mooncake has wheels for Linux only, this is {sys.platform}"
     if find_spec("mooncake") is None:
-        return f"the wheel is not installed: pip install {WHEEL} (without CUDA), or mooncake-transfer-engine where CUDA is"
+        return f"Mooncake's wheel is not installed: pip install 'xllm-mooncake[host]', which brings {WHEEL}"
     try:
         ctypes.CDLL("libibverbs.so.1")
     except OSError:

@@ -65,6 +65,14 @@ class MooncakeStore:
             "breaker_is_open": int(not self._remote.is_up),
         }  # fmt: skip
 
+    def close(self) -> None:
+        """For a store whose mover was never asked for; otherwise the mover's `close` does this."""
+        if self._mover is not None:
+            self._mover.close()
+            return
+        self._remote.close()
+        self._staging.close()
+
     @property
     def client_pid(self) -> int | None:
         """The process whose sockets they are."""
