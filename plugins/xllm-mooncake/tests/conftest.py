@@ -42,10 +42,10 @@ def master() -> Iterator[Master]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two layers of random weights in float32."""
+    """Two layers of random weights in float32, spread so far that a wrong block changes tokens."""
     from xllm_core.testing.tiny import tiny_config, write_tiny
 
-    config = tiny_config("LlamaForCausalLM", max_position_embeddings=512)
+    config = tiny_config("LlamaForCausalLM", max_position_embeddings=1024, initializer_range=0.5)
     return str(write_tiny(config, tmp_path_factory.mktemp("models") / "tiny"))
 
 
