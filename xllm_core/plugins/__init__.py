@@ -16,6 +16,7 @@ from xllm_core.plugins.specs import (
     AttentionSpec,
     CommandSpec,
     DeviceSpec,
+    DoctorSpec,
     KVStoreSpec,
     LogitsProcessorSpec,
     ModelSpec,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from xllm_core.errors import ConfigError, ModelFormatError
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
+    from xllm_core.plugins.contracts.doctor import Finding
     from xllm_core.plugins.contracts.kv import (
         Hit,
         KVGeometry,
@@ -84,6 +86,7 @@ _CONTRACTS = {
         "DeviceFacts",
         "MemoryInfo",
     ),
+    "doctor": ("Finding",),
     "kv": (
         "Hit",
         "KVGeometry",
@@ -171,6 +174,8 @@ __all__ = [
     "DeviceBackend",
     "DeviceFacts",
     "DeviceSpec",
+    "DoctorSpec",
+    "Finding",
     "ForwardContext",
     "Hit",
     "KVGeometry",

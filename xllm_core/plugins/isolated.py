@@ -14,25 +14,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from xllm_core.config import settings_from_flags
 from xllm_core.errors import PluginError
-from xllm_core.plugins.manager import PluginManager
+from xllm_core.plugins.findings import findings_of
+from xllm_core.plugins.manager import CORE, PluginManager
 
 LOAD_TIMEOUT_S = 20.0
 
 
 def load_isolated(
-    config_path: str | None = None, pins: tuple[str, ...] = (), *, timeout_s: float = LOAD_TIMEOUT_S
+    config_path: str | None = None,
+    pins: tuple[str, ...] = (),
+    *,
+    timeout_s: float = LOAD_TIMEOUT_S,
+    checks: bool = False,
 ) -> list[dict[str, Any]]:
-    """Records of all plugins as `PluginRecord.to_json` gives them, each loaded as far as it can be.
+    """Records of all plugins as `PluginRecord.to_json` gives them, each loaded as far as it can be; "problems": what its checks found.
 
-    config_path, pins: as `--config` and `--use` give them. timeout_s: for one plugin. Raises PluginError if the child fails by itself.
+    config_path, pins: as `--config` and `--use` give them. timeout_s: for one plugin. checks: run those of `xllm_doctor`, but the core's.
+    Raises PluginError if the child fails by itself.
     """
     skip: dict[str, str] = {}
     while True:
-        request = {"path": sys.path, "config_path": config_path, "use": list(pins), "skip": skip}
+        request = {"path": sys.path, "config_path": config_path, "use": list(pins), "skip": skip, "checks": checks}
         begun, records, end = _run(request, timeout_s)
         if records is not None:
             return records
@@ -102,7 +109,13 @@ def main() -> None:
         logging.getLogger("xllm_core.plugins").setLevel(logging.ERROR)  # the reasons stand in the records
         manager = PluginManager.discover(settings)
         manager.load(skip=request["skip"], on_begin=lambda plugin_id: tell({"begin": plugin_id}))
-        tell({"records": [record.to_json() for record in manager.records]})
+        problems: dict[str, list[dict[str, str]]] = {}
+        for offer in manager.offers("xllm_doctor") if request["checks"] else ():
+            if offer.plugin != CORE:  # whose checks are of the machine, for `xllm doctor`
+                tell({"begin": offer.plugin})
+                found = [asdict(f) for f in findings_of(offer.name, offer.spec) if f.state != "ok"]
+                problems[offer.plugin] = problems.get(offer.plugin, []) + found
+        tell({"records": [record.to_json() | {"problems": problems.get(record.id, [])} for record in manager.records]})
     except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
         tell({"error": str(error)})
 

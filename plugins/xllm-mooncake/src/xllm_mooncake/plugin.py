@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xllm_core.plugins import CommandSpec, KVStoreSpec, PluginInfo, hookimpl
+from xllm_core.plugins import CommandSpec, DoctorSpec, KVStoreSpec, PluginInfo, hookimpl
 
 xllm_plugin = PluginInfo(id="mooncake", xllm_api=">=0.1", config="xllm_mooncake.settings:MooncakeTable")
 
@@ -24,3 +24,9 @@ def xllm_cli() -> Iterable[CommandSpec]:
     yield CommandSpec(
         name="up", target="xllm_mooncake.commands:up", summary="Run a master on this machine until Ctrl-C, for development."
     )
+
+
+@hookimpl
+def xllm_doctor() -> Iterable[DoctorSpec]:
+    """Wheel and library."""
+    yield DoctorSpec(name="mooncake", target="xllm_mooncake.here:findings", summary="Are Mooncake's wheel and what it loads here?")
