@@ -139,6 +139,14 @@ def test_partial_hits(case: Case, bench: StoreBench) -> None:
     assert bench.settled([strange[0], *keys]) == 0, "a chain is held from its first block on, or not at all"
 
 
+def test_blocks_by_themselves(case: Case, bench: StoreBench) -> None:
+    """Which blocks are held is told for each, also behind one that is not: windows and states need no whole chain."""
+    keys = keys_for(bench, "each", 4)
+    assert bench.each(keys) == [False] * 4, "it holds what was never saved"
+    assert bench.save([keys[0], keys[2]], [1, 2], WINDOW) and bench.settled(keys[2:3]) == 1
+    assert bench.each(keys) == [True, False, True, False]
+
+
 def test_a_load_of_nothing_fails_and_writes_nothing(case: Case, bench: StoreBench) -> None:
     """A load of blocks that are gone ends as failed, and leaves the device as it was."""
     import torch

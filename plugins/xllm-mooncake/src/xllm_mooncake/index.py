@@ -57,6 +57,16 @@ class Knowledge:
             self.counts["hits" if num_held else "misses"] += 1
             return (Hit(num_held) if num_held else Miss()), []
 
+    def each(self, keys: Sequence[bytes]) -> tuple[list[bool] | Later, list[bytes]]:
+        """Which are held, each for itself, and the keys to ask the store about for it."""
+        with self.lock:
+            now_s = self._clock()
+            states = [self._is_held(key, now_s) for key in keys]
+            for key, is_held in zip(keys, states, strict=True):
+                if is_held is None and key not in self._saving and now_s - self._asked.get(key, now_s) <= self._timeout_s:
+                    return self._later(keys, now_s)
+            return [bool(is_held) or key in self._saving for key, is_held in zip(keys, states, strict=True)], []
+
     def wanted(self, keys: Sequence[bytes]) -> list[bool]:
         """Which are neither known to be held nor on their way."""
         with self.lock:
@@ -137,6 +147,15 @@ class MooncakeIndex:
             self._knowledge.count(misses=1)
             return Miss()
         answer, unknown = self._knowledge.chain(keys)
+        if unknown:
+            self._ask(unknown)
+        return answer
+
+    def held(self, keys: Sequence[bytes]) -> Sequence[bool] | Later:
+        """As `lookup`, for keys that are no chain."""
+        if not self._is_up():
+            return [False] * len(keys)
+        answer, unknown = self._knowledge.each(keys)
         if unknown:
             self._ask(unknown)
         return answer
