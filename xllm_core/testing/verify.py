@@ -411,7 +411,9 @@ class Verifier:
         flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, "overlap": False, **settings}
         made = Settings.from_flags(path=self._model, **flat)
         self._store = str(made.use.get("kv_store", ""))
-        use = {kind: pin for kind, pin in made.use.items() if kind != "kv_store"} | ({"kv_store": store} if store else {})
+        use = {kind: pin for kind, pin in made.use.items() if kind != "kv_store"} | (
+            {"kv_store": store} if store else {}
+        )
         made = made.model_copy(update={"use": use})
         assembly = assemble(made, PluginManager.discover(made).load())
         if self._assembly is None:

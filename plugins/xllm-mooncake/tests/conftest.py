@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from xllm_mooncake.here import check
 
 from .real_master import SMALL, Master, wait_for
+
 
 @pytest.fixture(autouse=True)
 def has_mooncake() -> None:

@@ -21,7 +21,9 @@ class Host:
 
     def __init__(self, model: str, table: dict[str, Any] | None) -> None:
         store = {"use": {"kv_store": "mooncake/store"}, "plugin": {"mooncake": table}} if table is not None else {}
-        settings = Settings.from_flags(path=model, dtype="float32", num_blocks=128, block_size=16, max_num_seqs=4, **store)
+        settings = Settings.from_flags(
+            path=model, dtype="float32", num_blocks=128, block_size=16, max_num_seqs=4, **store
+        )
         self.built = build_engine(assemble(settings, PluginManager.discover(settings).load()), settings)
         self.count = 0
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-
 from xllm_mooncake.client import answers
 from xllm_mooncake.master import master_command, master_environment
 

@@ -18,10 +18,17 @@ from mooncake.store import MooncakeDistributedStore
 def changed(how: str, values: list[bytes]) -> list[bytes]:
     """What to store instead."""
     if how == "flip":
-        return [value[: len(value) // 2] + bytes([value[len(value) // 2] ^ 1]) + value[len(value) // 2 + 1 :] for value in values]
+        return [
+            value[: len(value) // 2] + bytes([value[len(value) // 2] ^ 1]) + value[len(value) // 2 + 1 :]
+            for value in values
+        ]
     if how == "swap":
         return [*values[1:], values[0]]
-    edits = {"cut": lambda value: value[: len(value) // 2], "grow": lambda value: value + b"more", "empty": lambda value: b"\\0"}
+    edits = {
+        "cut": lambda value: value[: len(value) // 2],
+        "grow": lambda value: value + b"more",
+        "empty": lambda value: b"\\0",
+    }
     return [edits[how](value) for value in values]
 
 

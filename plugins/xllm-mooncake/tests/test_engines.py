@@ -12,7 +12,9 @@ def test_a_second_engine_serves_a_prefix_that_it_never_computed(pair: Pair) -> N
     found = pair.second.generate(*pair.prompts)
     gained = pair.delta()
     assert found["tokens"] == pair.expected
-    assert gained["store_tokens"] >= 16 * NUM_BLOCKS and gained["loaded_blocks"] >= NUM_BLOCKS and gained["hits"] >= 1, gained
+    assert (
+        gained["store_tokens"] >= 16 * NUM_BLOCKS and gained["loaded_blocks"] >= NUM_BLOCKS and gained["hits"] >= 1
+    ), gained
     assert gained["laters"] >= 1, "the store answers later"
     assert (gained["bad_values"], gained["failed_loads"], gained["breaker_openings"]) == (0, 0, 0)
     pair.second.ask(do="settle")
@@ -36,5 +38,7 @@ def test_blocks_come_back_after_the_device_forgot_them(pair: Pair) -> None:
     before = pair.first.stats()
     pair.first.ask(do="reset")
     assert pair.first.generate(*pair.prompts)["tokens"] == pair.expected
-    after = wait_for(lambda: (now := pair.first.stats())["loaded_blocks"] >= before["loaded_blocks"] + NUM_BLOCKS and now, "loads")
+    after = wait_for(
+        lambda: (now := pair.first.stats())["loaded_blocks"] >= before["loaded_blocks"] + NUM_BLOCKS and now, "loads"
+    )
     assert after["stored_blocks"] == before["stored_blocks"]

@@ -100,7 +100,9 @@ def test_the_master_hangs(pair: Pair) -> None:
     shared_again(pair)
 
 
-def test_a_provider_dies(master: Master, provider: subprocess.Popen[bytes], engine: Callable[..., EngineProcess], pair: Pair) -> None:
+def test_a_provider_dies(
+    master: Master, provider: subprocess.Popen[bytes], engine: Callable[..., EngineProcess], pair: Pair
+) -> None:
     """The master still says that its blocks are held, and nobody has them."""
     first, second = engine(master, segment_bytes=0), engine(master, segment_bytes=0)
 
@@ -119,7 +121,10 @@ def test_a_provider_dies(master: Master, provider: subprocess.Popen[bytes], engi
     is_right(second.generate(*pair.prompts), pair.expected)
     second.process.kill()
     pid = stats["client_pid"]
-    wait_for(lambda: not Path(f"/proc/{pid}").exists() or ") Z" in Path(f"/proc/{pid}/stat").read_text(), "end of the client's process")
+    wait_for(
+        lambda: not Path(f"/proc/{pid}").exists() or ") Z" in Path(f"/proc/{pid}/stat").read_text(),
+        "end of the client's process",
+    )
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "grow", "empty", "swap"])

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from xllm_core.plugins import ConfigError
-from xllm_core.testing.store_bench import geometry
 from xllm_mooncake.client import answers
 from xllm_mooncake.settings import MooncakeTable
 from xllm_mooncake.store import MooncakeStore
+
+from xllm_core.plugins import ConfigError
+from xllm_core.testing.store_bench import geometry
 
 from .real_master import SMALL, Master, free_port, wait_for
 
@@ -47,7 +47,10 @@ def up() -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The command, and its port."""
     port = free_port()
     process = subprocess.Popen(
-        [*XLLM, "--port", str(port), "--metrics-port", str(free_port())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*XLLM, "--port", str(port), "--metrics-port", str(free_port())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     yield process, port
     process.kill()
@@ -90,7 +93,9 @@ def test_up_names_what_is_missing(tmp_path: Path) -> None:
         "u.find_spec = lambda name, *a: None if name == 'mooncake' else find(name, *a)\n"
         "from xllm_core.cli import main; sys.exit(main(['mooncake', 'up', '--port', '1']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
     assert done.returncode == 1 and "pip install 'xllm-mooncake[host]'" in done.stderr, done.stderr
 
 
@@ -112,7 +117,7 @@ def test_without_consent_nothing_starts(master: Master) -> None:
     settings = {**master.settings, "allow_wildcard_listeners": False}
     with pytest.raises(ConfigError, match=re.escape("[plugin.mooncake] allow_wildcard_listeners = true")):
         MooncakeStore(settings, geometry("BSGD", 4))
-    assert not children(os.getpid()) or master.process is not None and children(os.getpid()) == [master.process.pid]
+    assert not children(os.getpid()) or (master.process is not None and children(os.getpid()) == [master.process.pid])
 
 
 def test_without_a_master() -> None:
@@ -126,7 +131,13 @@ def test_without_a_master() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"), [({"master": "here"}, "HOST:PORT"), ({"master": "h:0"}, "HOST:PORT"), ({"secret": "x" * 65}, "64 bytes"), ({"mastr": "h:1"}, "mastr")]
+    ("wrong", "words"),
+    [
+        ({"master": "here"}, "HOST:PORT"),
+        ({"master": "h:0"}, "HOST:PORT"),
+        ({"secret": "x" * 65}, "64 bytes"),
+        ({"mastr": "h:1"}, "mastr"),
+    ],
 )
 def test_settings_are_checked(wrong: dict[str, str], words: str) -> None:
     """Each wrong value with a word on it."""

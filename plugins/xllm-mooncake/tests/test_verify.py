@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from xllm_mooncake.mover import MooncakeMover
 
 from xllm_core.testing.verify import Scale, Verifier
-from xllm_mooncake.mover import MooncakeMover
 
 from .real_master import Master
 

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 _log = logging.getLogger("xllm_mooncake")
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_mooncake.client_process import main; main()"
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_mooncake.client_process import main; main()"
+)
 _STUCK_S = 20.0
 _CLOSE_WAIT_S = 1.0
 
@@ -73,7 +75,9 @@ class Client:
         self._line, self._buffer = ours, b""
         threading.Thread(target=self._hear, args=(self._process,), name="xllm-mooncake-log", daemon=True).start()
 
-    def call(self, name: str, *, timeout_s: float, on_late: Callable[[], None] = lambda: None, **arguments: Any) -> list[int]:
+    def call(
+        self, name: str, *, timeout_s: float, on_late: Callable[[], None] = lambda: None, **arguments: Any
+    ) -> list[int]:
         """Codes, as `client_process.Client` gives them. Raises ClientError; after a LateError `on_late` is called when the call has ended."""
         if not self.is_free() or self._line is None:
             raise ClientError(f"the client still works on an earlier call{self.last_words}")

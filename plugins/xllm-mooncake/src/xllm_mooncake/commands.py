@@ -16,8 +16,16 @@ _END_S = 5.0
 
 
 @click.command("up")
-@click.option("--port", default=50051, show_default=True, type=click.IntRange(1, 65535), help="Where engines reach the master.")
-@click.option("--metrics-port", default=9003, show_default=True, type=click.IntRange(1, 65535), help="Its HTTP: /metrics, /health.")
+@click.option(
+    "--port", default=50051, show_default=True, type=click.IntRange(1, 65535), help="Where engines reach the master."
+)
+@click.option(
+    "--metrics-port",
+    default=9003,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Its HTTP: /metrics, /health.",
+)
 def up(port: int, metrics_port: int) -> None:
     """Run a mooncake_master on 127.0.0.1 until Ctrl-C, and print the settings that use it.
 
@@ -37,7 +45,9 @@ def up(port: int, metrics_port: int) -> None:
     with subprocess.Popen(command, env=master_environment(), start_new_session=True) as process:
         try:
             _wait(process, address)
-            click.echo(f"mooncake_master is ready on {address}, metrics on http://127.0.0.1:{metrics_port}/metrics; Ctrl-C ends it\n")
+            click.echo(
+                f"mooncake_master is ready on {address}, metrics on http://127.0.0.1:{metrics_port}/metrics; Ctrl-C ends it\n"
+            )
             click.echo(_settings(address))
             status = process.wait()
             raise click.ClickException(f"mooncake_master ended by itself with status {status}")

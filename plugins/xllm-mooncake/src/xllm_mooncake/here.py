@@ -19,13 +19,19 @@ _IMPORT_TIMEOUT_S = 20.0
 def missing() -> tuple[str, str] | None:
     """(what, how to get it), or None. Loads nothing of Mooncake, but a library that it needs."""
     if sys.platform != "linux":
-        return f"Mooncake has wheels for Linux only, this is {sys.platform}", "use the core's store: --use kv_store=core/host"
+        return (
+            f"Mooncake has wheels for Linux only, this is {sys.platform}",
+            "use the core's store: --use kv_store=core/host",
+        )
     if find_spec("mooncake") is None:
         return "Mooncake's wheel is not installed", _WHEEL
     try:
         ctypes.CDLL("libibverbs.so.1")
     except OSError:
-        return "the library libibverbs.so.1 is missing", "apt-get install libibverbs1 (Debian, Ubuntu), dnf install libibverbs (Fedora)"
+        return (
+            "the library libibverbs.so.1 is missing",
+            "apt-get install libibverbs1 (Debian, Ubuntu), dnf install libibverbs (Fedora)",
+        )
     return None
 
 
@@ -42,11 +48,17 @@ def findings() -> Iterator[Finding]:
         return
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import mooncake.store"
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(sys.path)], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S, check=False
+        [sys.executable, "-c", code, json.dumps(sys.path)],
+        capture_output=True,
+        text=True,
+        timeout=_IMPORT_TIMEOUT_S,
+        check=False,
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        yield Finding("warn", "mooncake", f"it cannot be imported: {last}", f"install what it names, or reinstall: {_WHEEL}")
+        yield Finding(
+            "warn", "mooncake", f"it cannot be imported: {last}", f"install what it names, or reinstall: {_WHEEL}"
+        )
         return
     yield Finding("ok", "mooncake", f"{Path(master_binary()).parent}, and the libraries that it loads")
 

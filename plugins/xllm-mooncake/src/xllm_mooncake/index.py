@@ -63,7 +63,11 @@ class Knowledge:
             now_s = self._clock()
             states = [self._is_held(key, now_s) for key in keys]
             for key, is_held in zip(keys, states, strict=True):
-                if is_held is None and key not in self._saving and now_s - self._asked.get(key, now_s) <= self._timeout_s:
+                if (
+                    is_held is None
+                    and key not in self._saving
+                    and now_s - self._asked.get(key, now_s) <= self._timeout_s
+                ):
                     return self._later(keys, now_s)
             return [bool(is_held) or key in self._saving for key, is_held in zip(keys, states, strict=True)], []
 

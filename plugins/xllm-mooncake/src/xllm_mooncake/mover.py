@@ -302,7 +302,7 @@ class MooncakeMover:
                 return
             for (entry, _), value in zip(pairs, values, strict=True):
                 self._write(entry, value or [])
-        except Exception:
+        except Exception:  # noqa: BLE001  whatever the device raises, the ticket ends, and it is logged
             _log.exception("load %d: a block could not be written to the device", move.ticket)
             self._end(move, False)
             return
@@ -325,7 +325,9 @@ class MooncakeMover:
         """On the calling thread: values that are not what was stored."""
         if not keys:
             return
-        _log.warning("%d values of the Mooncake store are cut or altered; they are taken out and computed again", len(keys))
+        _log.warning(
+            "%d values of the Mooncake store are cut or altered; they are taken out and computed again", len(keys)
+        )
         self._knowledge.count(bad_values=len(keys))
         self._knowledge.learn(keys, [False] * len(keys))
         try:

@@ -22,11 +22,15 @@ def xllm_kv_stores() -> Iterable[KVStoreSpec]:
 def xllm_cli() -> Iterable[CommandSpec]:
     """For development."""
     yield CommandSpec(
-        name="up", target="xllm_mooncake.commands:up", summary="Run a master on this machine until Ctrl-C, for development."
+        name="up",
+        target="xllm_mooncake.commands:up",
+        summary="Run a master on this machine until Ctrl-C, for development.",
     )
 
 
 @hookimpl
 def xllm_doctor() -> Iterable[DoctorSpec]:
     """Wheel and library."""
-    yield DoctorSpec(name="mooncake", target="xllm_mooncake.here:findings", summary="Are Mooncake's wheel and what it loads here?")
+    yield DoctorSpec(
+        name="mooncake", target="xllm_mooncake.here:findings", summary="Are Mooncake's wheel and what it loads here?"
+    )

@@ -80,7 +80,9 @@ class Remote:
         """Do it on the lane; False after `close`."""
         return self._lane.put(urgency, job)
 
-    def call(self, name: str, *, timeout_s: float, on_late: Callable[[], None] = lambda: None, **arguments: Any) -> list[int]:
+    def call(
+        self, name: str, *, timeout_s: float, on_late: Callable[[], None] = lambda: None, **arguments: Any
+    ) -> list[int]:
         """On the lane only. Codes; raises DownError, after which the breaker is open. on_late: when a call that took too long has ended."""
         if not self._breaker.is_closed:
             raise DownError(self._breaker.reason)

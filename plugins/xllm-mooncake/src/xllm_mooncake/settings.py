@@ -10,7 +10,10 @@ class MooncakeTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    master: str = Field("127.0.0.1:50051", description="Host and port of mooncake_master. `xllm mooncake up` starts one for development.")
+    master: str = Field(
+        "127.0.0.1:50051",
+        description="Host and port of mooncake_master. `xllm mooncake up` starts one for development.",
+    )
     host: str = Field("127.0.0.1", description="The address by which other engines reach this machine.")
     allow_wildcard_listeners: bool = Field(
         False,
@@ -20,23 +23,30 @@ class MooncakeTable(BaseModel):
         True, description="Refuse to start when no master answers; false starts without it and keeps looking for it."
     )
     segment_bytes: int = Field(
-        256 << 20, ge=0, description="Memory of this machine that is lent to the store, for every engine's blocks; 0 lends none."
+        256 << 20,
+        ge=0,
+        description="Memory of this machine that is lent to the store, for every engine's blocks; 0 lends none.",
     )
     staging_bytes: int = Field(
         64 << 20, ge=1 << 16, description="Memory that blocks pass through on their way, half for each direction."
     )
     replicas: int = Field(1, ge=1, description="On how many engines' memory each block is kept.")
     lookup_timeout_s: float = Field(
-        0.5, gt=0, description="A request waits so long to hear whether its blocks are held; then its prompt is computed."
+        0.5,
+        gt=0,
+        description="A request waits so long to hear whether its blocks are held; then its prompt is computed.",
     )
     load_timeout_s: float = Field(
         2.0, gt=0, description="A request waits so long for blocks that are held; then its prompt is computed."
     )
     save_timeout_s: float = Field(
-        2.0, gt=0, description="Blocks of the device are kept so long for the store; what has not left by then is not saved."
+        2.0,
+        gt=0,
+        description="Blocks of the device are kept so long for the store; what has not left by then is not saved.",
     )
     secret: SecretStr | None = Field(
-        None, description="Signs every value; engines take only blocks that were signed with the same one. At most 64 bytes."
+        None,
+        description="Signs every value; engines take only blocks that were signed with the same one. At most 64 bytes.",
     )
 
     @field_validator("master")
