@@ -71,4 +71,4 @@ def test_models_tells_what_would_serve(runner: CliRunner, tmp_path: Path) -> Non
     assert facts["family"] == "core/qwen3"
     assert facts["layers"] == 2
     assert facts["parameters"] > 10_000
-    assert facts["attention"] == {"full": "core/paged"}
+    assert facts["attention"]["full"] in ("core/paged", "cpu/paged")

@@ -68,7 +68,7 @@ def test_the_example_family_divides(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     opened = SafetensorsDirectory().open(make_tiny("olmo2", tmp_path))
     assert opened is not None
     whole = Harness(Olmo2(), opened).step({0: TOKENS})[0]
-    for logits in run_ranks(Olmo2(), opened):
+    for logits in run_ranks(Olmo2(), opened, TOKENS):
         assert (logits - whole).abs().max() <= 1e-4
 
 
@@ -77,7 +77,7 @@ def test_what_the_fallback_cannot_divide_is_refused(tmp_path: Path) -> None:
     opened = SafetensorsDirectory().open(make_tiny("olmo2", tmp_path))
     assert opened is not None
     with pytest.raises(ConfigError, match="does not divide over 2 ranks"):
-        run_ranks(TransformersFallback(), opened)
+        run_ranks(TransformersFallback(), opened, TOKENS)
 
 
 class Planted:

@@ -20,6 +20,7 @@ from xllm_core.models.llama import Llama
 from xllm_core.models.transformers_fallback import TransformersFallback
 from xllm_core.plugins.contracts.model import ForwardContext
 from xllm_core.reference.attention import ReferenceAttention
+from xllm_core.reference.ops import KvWrite
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
 from xllm_core.testing.model_harness import Harness
 from xllm_core.testing.verify import Scale, Verifier
@@ -176,14 +177,13 @@ def watched_decode(
     harness.step({0: tokens, 1: tokens})
     watch, written = _CacheWatch(harness), []
     watch.leave_out_kernels(patch)
-    for attention in harness.parts._attentions.values():
-        write = attention._kv_write
+    write = KvWrite.__call__
 
-        def noted(new: Any, caches: Any, slots: Any, write: Any = write) -> None:
-            written.append(sum(tensor.numel() * tensor.element_size() for tensor in new))
-            write(new, caches, slots)
+    def noted(op: Any, new: Any, caches: Any, slots: Any) -> None:
+        written.append(sum(tensor.numel() * tensor.element_size() for tensor in new))
+        write(op, new, caches, slots)
 
-        attention._kv_write = noted
+    patch.setattr(KvWrite, "__call__", noted)
     with watch:
         harness.step({0: [5], 1: [6]})
     patch.undo()

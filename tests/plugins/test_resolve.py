@@ -34,7 +34,7 @@ from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Assembly, Resolver, assemble
-from xllm_core.plugins.select import choose, unfit_attention
+from xllm_core.plugins.select import choose, unfit_attention, unfit_model
 
 Install = Callable[..., list[str]]
 
@@ -101,7 +101,7 @@ def test_a_fallback_comes_after_every_family_that_names_the_architecture() -> No
             ),
             Offer("b", "xllm-b", "1", ModelSpec(name="own", target="a:b", architectures={"Own"}, rank=-5)),
         ]
-        unfit = partial(select_module.unfit_model, query=query)
+        unfit = partial(unfit_model, query=query)
         return choose(f"model.{architecture}", offers, Settings(**tables), unfit, need="a test", query=query)
 
     choice = pick_model("Own")

@@ -78,7 +78,7 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
     )  # before memory is asked for: an absurd size is a message, not an exhausted machine
     device: DeviceBackend = plan.device.build(plan.device_index)
     if settings.device.num_threads is not None:
-        _set_threads(settings.device.num_threads)
+        device.set_num_threads(settings.device.num_threads)
     kernels = {group: choice.build(device, plan.geometry[group]) for group, choice in plan.attention.items()}
     ops = {name: choice.build(device) for name, choice in plan.ops.items()}
     parts = CoreParts(device=device, dtype=plan.dtype, ops=ops, kernels=kernels)
@@ -231,9 +231,3 @@ def _build_store(plan: AssemblyPlan, geometry: KVGeometry) -> KVStore | None:
     settings = reveal(plan.plugin_settings.get(plan.kv_store.plugin, {}))
     store: KVStore = plan.kv_store.build(settings, geometry)
     return store
-
-
-def _set_threads(num_threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(num_threads)

@@ -106,7 +106,7 @@ class _DryParts:
     def share(self, size: int) -> int:
         return size
 
-    def op(self, name: str) -> Callable[..., Any]:
+    def op(self, name: str, *, unfused: Callable[..., Any] | None = None) -> Callable[..., Any]:
         raise AssertionError(f"the op {name!r} is not asked for by transformers' code")
 
     def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
@@ -118,6 +118,9 @@ class _DryParts:
         if has_bias:
             self._asked.append((f"{name}.bias", (out_features,), "replicated" if axis == "row" else axis))
         return lambda x: x.new_zeros(len(x), out_features)
+
+    def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Any:
+        raise AssertionError(f"{name}: transformers' code multiplies and activates apart")
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Any:
         self._asked.append((f"{name}.weight", (num_embeddings, size), "vocab"))

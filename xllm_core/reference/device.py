@@ -84,6 +84,10 @@ class ReferenceDevice:
         """torch's threads inside one op."""
         return torch.get_num_threads()
 
+    def set_num_threads(self, count: int) -> None:
+        """torch's, for the whole process."""
+        torch.set_num_threads(count)
+
 
 def _machine_memory() -> tuple[int, int]:
     """(total, available) bytes. Linux knows what caches would give back; elsewhere the free pages must do."""

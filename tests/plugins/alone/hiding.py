@@ -5,7 +5,6 @@ In child processes `sitecustomize`, which Python imports at start, puts this in 
 
 from __future__ import annotations
 
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ _all_entry_points = importlib_metadata.entry_points
 
 def hide_installed(**wanted: Any) -> importlib_metadata.EntryPoints:
     """`importlib_metadata.entry_points` without the plugins that an installer put here, the core's own excepted."""
-    site = Path(sysconfig.get_path("purelib"))
 
     def is_seen(entry: importlib_metadata.EntryPoint) -> bool:
         dist = entry.dist
         if entry.group != _GROUP or dist is None or dist.metadata["Name"] == "xllm-core":
             return True
-        return not Path(str(dist.locate_file(""))).is_relative_to(site)
+        return "site-packages" not in Path(str(dist.locate_file(""))).parts
 
     return importlib_metadata.EntryPoints(entry for entry in _all_entry_points(**wanted) if is_seen(entry))

@@ -62,4 +62,7 @@ class DeviceBackend(Protocol):
         """Wait until the work submitted so far is done."""
 
     def num_threads(self) -> int:
-        """Host threads that the device's own work uses, for reports."""
+        """Host threads that the device's own work uses."""
+
+    def set_num_threads(self, count: int) -> None:
+        """What `[device] num_threads` asks for, before anything runs; raises ConfigError where the device has no say in it."""

@@ -1,0 +1,63 @@
+// What Python calls, by ctypes. Plain C: pointers, counts, strides in elements. Shapes are the caller's to check; values that select memory
+// (token ids, slots, block ids) are checked here. Returns 0, or the 1-based number of the first bad value, and then nothing was written
+// that the caller may use.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__)
+#define XLLM_API extern "C" __attribute__((visibility("default")))
+#else
+#define XLLM_API extern "C"
+#endif
+
+XLLM_API const char* xllm_isa();
+XLLM_API int xllm_max_rows();
+XLLM_API void xllm_set_threads(int count);
+XLLM_API int xllm_threads();
+
+// Linear. n: rows of the weight (with `fuses` both halves), k: its columns. bias: float32, packed like the columns.
+XLLM_API int64_t xllm_packed_elements(int64_t n, int64_t k, int is_bf16, int fuses);
+XLLM_API int64_t xllm_packed_columns(int64_t n, int fuses);
+XLLM_API int xllm_pack(const void* weight, int64_t n, int64_t k, int is_bf16, int fuses, void* out);
+XLLM_API int xllm_pack_bias(const float* bias, int64_t n, int fuses, float* out);
+XLLM_API int xllm_linear(
+    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses);
+
+// Rows. x: [rows][size] with row stride ldx; out is contiguous.
+XLLM_API int xllm_rms_norm(const void* x, int64_t ldx, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16);
+XLLM_API int xllm_add_rms_norm(
+    const void* x, const void* residual, const void* weight, float eps, void* total, void* out, int64_t rows, int64_t size, int is_bf16);
+XLLM_API int xllm_silu_mul(const void* x, int64_t ldx, void* out, int64_t rows, int64_t inner, int is_bf16);
+XLLM_API int xllm_embedding(const int64_t* ids, const void* table, void* out, int64_t count, int64_t vocab, int64_t size, int is_bf16);
+
+// x: [tokens][heads][size], head stride `size`, token stride ldx; cos, sin: [tokens][rotated]. out is contiguous.
+XLLM_API int xllm_rope(
+    const void* x, int64_t ldx, const void* cos, const void* sin, void* out, int64_t tokens, int64_t heads, int64_t size, int64_t rotated, int is_bf16);
+
+// cache: [slots][size] contiguous; x: [tokens][size], token stride ldx. Slot -1 is skipped.
+XLLM_API int xllm_kv_write(const void* x, int64_t ldx, void* cache, const int64_t* slots, int64_t tokens, int64_t num_slots, int64_t size, int64_t bytes);
+// Queries rotated into `out`, keys rotated into their cache, values into theirs. Heads of a token lie side by side; ldq, ldk, ldv: token strides.
+XLLM_API int xllm_rope_kv_write(
+    const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, void* keys,
+    void* values, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t value_size, int64_t rotated,
+    int64_t num_slots, int is_bf16);
+XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer);
+
+// Attention over paged KV in layout BSGD. tasks: [num_tasks][3] (row, KV head, first query token), as `xllm_attention_tasks` lays them out.
+struct XllmAttention {
+  const void* q;                // [T][H][D]
+  const void* k;                // [B][S][G][D]
+  const void* v;
+  void* out;                    // [T][H][D]
+  const int32_t* query_starts;  // [R + 1]
+  const int32_t* kv_lens;       // [R]
+  const int32_t* tables;        // [R][table_width]
+  const int32_t* tasks;
+  int64_t num_tasks, table_width, num_blocks;
+  int32_t num_rows, num_heads, num_kv_heads, head_size, block_size, window;  // window: 0 for none
+  float scale, soft_cap;                                                     // soft_cap: 0 for none
+  int32_t is_bf16, max_kv_len;
+};
+XLLM_API int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks);
+XLLM_API int xllm_attention(const XllmAttention* call);

@@ -1,0 +1,66 @@
+// The microkernel: a few rows of A times one panel of packed B. Everything that multiplies matrices here is made of it.
+//
+// A panel holds NR = 2 * W columns; for each step of P elements of K it stores the P elements of every column side by side:
+// [K / P][NR][P]. Each output element is one accumulator that walks K in order, so it is the same to the bit whatever MR is.
+#pragma once
+
+#include "vec.h"
+
+namespace xllm {
+
+constexpr int NR = 2 * W;
+#if defined(__AVX512F__)
+constexpr int MAX_MR = 12;  // 24 accumulators, 2 of B, 1 of A: 27 of 32 registers
+#elif defined(__AVX2__)
+constexpr int MAX_MR = 4;
+#else
+constexpr int MAX_MR = 4;
+#endif
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class E> inline int64_t steps_of(int64_t k) { return (k + E::P - 1) / E::P; }
+template <class E> inline int64_t panel_size(int64_t k) { return steps_of<E>(k) * NR * E::P; }
+
+#if defined(__AVX512BF16__)
+inline F dot2(F c, I a, I b) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+#else
+inline F dot2(F c, I a, I b) { return fma(high(a), high(b), fma(low(a), low(b), c)); }
+#endif
+
+// c[i] += a[i] * B over `steps` steps of K.
+template <class E, int MR>
+inline __attribute__((always_inline)) void multiply(const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2]) {
+  for (int64_t k = 0; k < steps; k++, b += NR * E::P) {
+#if defined(__AVX512F__)
+    if (MR <= 4) {  // few rows: the weight comes from memory, once
+      _mm_prefetch(reinterpret_cast<const char*>(b) + 4096, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(b) + 4096 + 64, _MM_HINT_T0);
+    }
+#endif
+    if constexpr (E::P == 2) {
+      const I b0 = loadi(b), b1 = loadi(b + NR);
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; i++) {
+        const I x = bcast(a + i * lda + k * 2);
+        c[i][0] = dot2(c[i][0], x, b0);
+        c[i][1] = dot2(c[i][1], x, b1);
+      }
+    } else {
+      const F b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; i++) {
+        const F x = set1(a[i * lda + k]);
+        c[i][0] = fma(x, b0, c[i][0]);
+        c[i][1] = fma(x, b1, c[i][1]);
+      }
+    }
+  }
+}
+
+// Call fn<MR>() for mr in 1 .. MAX_MR.
+template <class Fn, int MR = MAX_MR> inline void with_rows(int mr, Fn&& fn) {
+  if (mr == MR) fn.template operator()<MR>();
+  else if constexpr (MR > 1) with_rows<Fn, MR - 1>(mr, static_cast<Fn&&>(fn));
+}
+
+}  // namespace xllm

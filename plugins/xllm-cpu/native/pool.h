@@ -1,0 +1,25 @@
+// Threads that share one job at a time. Which thread takes which piece never changes a result: a piece is computed whole, by one thread.
+#pragma once
+
+#include <cstdint>
+
+namespace xllm {
+
+using Piece = void (*)(void* context, int64_t piece);
+
+// Run `piece(context, 0 .. count - 1)` on the caller and the pool's threads; returns when all are done. One caller at a time.
+void parallel(int64_t count, void* context, Piece piece);
+
+// Threads a job has, the caller's included. Setting it joins the old ones.
+int num_threads();
+void set_num_threads(int count);
+
+template <class Fn> void parallel_for(int64_t count, Fn&& fn) {
+  if (count <= 1) {
+    if (count == 1) fn(int64_t{0});
+    return;
+  }
+  parallel(count, &fn, [](void* context, int64_t piece) { (*static_cast<Fn*>(context))(piece); });
+}
+
+}  // namespace xllm

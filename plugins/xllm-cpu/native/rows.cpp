@@ -1,0 +1,215 @@
+// What happens to one row at a time: norms, rotation, activation, and moving rows in and out of tables and caches. Bound by memory; a row
+// is computed by one thread, so nothing here depends on how many rows there are.
+#include <algorithm>
+
+#include "api.h"
+#include "pool.h"
+#include "vec.h"
+
+namespace xllm {
+namespace {
+
+// Rows that one piece takes: enough that handing it over costs little beside it.
+int64_t grain_of(int64_t rows, int64_t size) {
+  const int64_t least = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size));
+  return std::max(least, (rows + 4 * num_threads() - 1) / (4 * num_threads()));
+}
+
+template <class Fn> void for_rows(int64_t rows, int64_t size, Fn fn) {
+  const int64_t grain = grain_of(rows, size);
+  parallel_for((rows + grain - 1) / grain, [&](int64_t piece) {
+    const int64_t end = std::min(rows, (piece + 1) * grain);
+    for (int64_t row = piece * grain; row < end; row++) fn(row);
+  });
+}
+
+template <class E> float inverse_rms(const typename E::T* x, int64_t size, float eps) {
+  F total = zero();
+  for (int64_t i = 0; i < size; i += W) {
+    const F v = load_part<E>(x + i, size - i);
+    total = fma(v, v, total);
+  }
+  return 1.0f / __builtin_sqrtf(sum(total) / static_cast<float>(size) + eps);
+}
+
+template <class E> void scale_row(const typename E::T* x, const typename E::T* weight, float factor, typename E::T* out, int64_t size) {
+  for (int64_t i = 0; i < size; i += W) {
+    const F v = mul(load_part<E>(x + i, size - i), set1(factor));
+    store_part<E>(out + i, mul(v, load_part<E>(weight + i, size - i)), size - i);
+  }
+}
+
+template <class E>
+void rms_norm(const typename E::T* x, int64_t ldx, const typename E::T* weight, float eps, typename E::T* out, int64_t rows, int64_t size) {
+  for_rows(rows, size, [=](int64_t row) {
+    const auto* from = x + row * ldx;
+    scale_row<E>(from, weight, inverse_rms<E>(from, size, eps), out + row * size, size);
+  });
+}
+
+template <class E>
+void add_rms_norm(
+    const typename E::T* x, const typename E::T* residual, const typename E::T* weight, float eps, typename E::T* total, typename E::T* out,
+    int64_t rows, int64_t size) {
+  for_rows(rows, 2 * size, [=](int64_t row) {
+    const int64_t at = row * size;
+    for (int64_t i = 0; i < size; i += W)
+      store_part<E>(total + at + i, add(load_part<E>(residual + at + i, size - i), load_part<E>(x + at + i, size - i)), size - i);
+    scale_row<E>(total + at, weight, inverse_rms<E>(total + at, size, eps), out + at, size);
+  });
+}
+
+template <class E> void silu_mul(const typename E::T* x, int64_t ldx, typename E::T* out, int64_t rows, int64_t inner) {
+  for_rows(rows, 4 * inner, [=](int64_t row) {
+    const auto *gate = x + row * ldx, *up = gate + inner;
+    for (int64_t i = 0; i < inner; i += W) {
+      const F g = load_part<E>(gate + i, inner - i);
+      const F y = mul(div(g, add(set1(1.0f), vexp(sub(zero(), g)))), load_part<E>(up + i, inner - i));
+      store_part<E>(out + row * inner + i, y, inner - i);
+    }
+  });
+}
+
+// One head: half-split pairs (i, i + rotated / 2); what lies behind `rotated` passes.
+template <class E>
+void rotate(const typename E::T* x, const typename E::T* cos, const typename E::T* sin, typename E::T* out, int64_t size, int64_t rotated) {
+  const int64_t half = rotated / 2;
+  for (int64_t i = 0; i < half; i += W) {
+    const int64_t left = half - i;
+    const F a = load_part<E>(x + i, left), b = load_part<E>(x + half + i, left);
+    const F first = sub(mul(a, load_part<E>(cos + i, left)), mul(b, load_part<E>(sin + i, left)));
+    const F second = add(mul(b, load_part<E>(cos + half + i, left)), mul(a, load_part<E>(sin + half + i, left)));
+    store_part<E>(out + i, first, left);
+    store_part<E>(out + half + i, second, left);
+  }
+  if (rotated < size) std::memcpy(out + rotated, x + rotated, sizeof(typename E::T) * static_cast<size_t>(size - rotated));
+}
+
+// Where token t's heads go: out + at(t), or nowhere if that is negative.
+template <class E, class At>
+void rope(
+    const typename E::T* x, int64_t ldx, const typename E::T* cos, const typename E::T* sin, typename E::T* out, int64_t tokens, int64_t heads,
+    int64_t size, int64_t rotated, At at) {
+  for_rows(tokens, 2 * heads * size, [=](int64_t t) {
+    const int64_t to = at(t);
+    if (to < 0) return;
+    for (int64_t h = 0; h < heads; h++) rotate<E>(x + t * ldx + h * size, cos + t * rotated, sin + t * rotated, out + to + h * size, size, rotated);
+  });
+}
+
+// The 1-based number of the first index outside [low, high), or 0.
+int first_outside(const int64_t* index, int64_t count, int64_t low, int64_t high) {
+  for (int64_t i = 0; i < count; i++)
+    if (index[i] < low || index[i] >= high) return static_cast<int>(i + 1);
+  return 0;
+}
+
+}  // namespace
+}  // namespace xllm
+
+using namespace xllm;
+
+#define BY_TYPE(is_bf16, call_bf16, call_f32) \
+  do {                                        \
+    if (is_bf16) call_bf16;                   \
+    else call_f32;                            \
+  } while (0)
+#define B(p) static_cast<const bf16*>(p)
+#define S(p) static_cast<const float*>(p)
+#define BO(p) static_cast<bf16*>(p)
+#define SO(p) static_cast<float*>(p)
+
+const char* xllm_isa() {
+#if defined(__AVX512BF16__)
+  return "avx512_bf16";
+#elif defined(__AVX512F__)
+  return "avx512";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "portable";
+#endif
+}
+
+void xllm_set_threads(int count) { set_num_threads(count); }
+int xllm_threads() { return num_threads(); }
+
+int xllm_rms_norm(const void* x, int64_t ldx, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16) {
+  BY_TYPE(
+      is_bf16, rms_norm<Bf16>(B(x), ldx, B(weight), eps, BO(out), rows, size), rms_norm<F32>(S(x), ldx, S(weight), eps, SO(out), rows, size));
+  return 0;
+}
+
+int xllm_add_rms_norm(
+    const void* x, const void* residual, const void* weight, float eps, void* total, void* out, int64_t rows, int64_t size, int is_bf16) {
+  BY_TYPE(
+      is_bf16, add_rms_norm<Bf16>(B(x), B(residual), B(weight), eps, BO(total), BO(out), rows, size),
+      add_rms_norm<F32>(S(x), S(residual), S(weight), eps, SO(total), SO(out), rows, size));
+  return 0;
+}
+
+int xllm_silu_mul(const void* x, int64_t ldx, void* out, int64_t rows, int64_t inner, int is_bf16) {
+  BY_TYPE(is_bf16, silu_mul<Bf16>(B(x), ldx, BO(out), rows, inner), silu_mul<F32>(S(x), ldx, SO(out), rows, inner));
+  return 0;
+}
+
+int xllm_embedding(const int64_t* ids, const void* table, void* out, int64_t count, int64_t vocab, int64_t size, int is_bf16) {
+  if (const int bad = first_outside(ids, count, 0, vocab)) return bad;
+  const int64_t bytes = size * (is_bf16 ? 2 : 4);
+  for_rows(count, size, [=](int64_t i) {
+    std::memcpy(static_cast<char*>(out) + i * bytes, static_cast<const char*>(table) + ids[i] * bytes, static_cast<size_t>(bytes));
+  });
+  return 0;
+}
+
+int xllm_rope(
+    const void* x, int64_t ldx, const void* cos, const void* sin, void* out, int64_t tokens, int64_t heads, int64_t size, int64_t rotated, int is_bf16) {
+  const auto at = [=](int64_t t) { return t * heads * size; };
+  BY_TYPE(
+      is_bf16, rope<Bf16>(B(x), ldx, B(cos), B(sin), BO(out), tokens, heads, size, rotated, at),
+      rope<F32>(S(x), ldx, S(cos), S(sin), SO(out), tokens, heads, size, rotated, at));
+  return 0;
+}
+
+int xllm_rope_kv_write(
+    const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, void* keys,
+    void* values, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t value_size, int64_t rotated,
+    int64_t num_slots, int is_bf16) {
+  if (const int bad = first_outside(slots, tokens, -1, num_slots)) return bad;
+  const int64_t bytes = is_bf16 ? 2 : 4;
+  for_rows(tokens, 2 * (heads + kv_heads) * size, [=](int64_t t) {
+    const auto heads_of = [=](const void* from, int64_t ld, void* to, int64_t at, int64_t count) {
+      for (int64_t h = 0; h < count; h++) {
+        const int64_t x = t * ld + h * size, y = at + h * size;
+        if (is_bf16) rotate<Bf16>(B(from) + x, B(cos) + t * rotated, B(sin) + t * rotated, BO(to) + y, size, rotated);
+        else rotate<F32>(S(from) + x, S(cos) + t * rotated, S(sin) + t * rotated, SO(to) + y, size, rotated);
+      }
+    };
+    heads_of(q, ldq, out, t * heads * size, heads);
+    if (slots[t] < 0) return;
+    heads_of(k, ldk, keys, slots[t] * kv_heads * size, kv_heads);
+    std::memcpy(
+        static_cast<char*>(values) + slots[t] * value_size * bytes, static_cast<const char*>(v) + t * ldv * bytes, static_cast<size_t>(value_size * bytes));
+  });
+  return 0;
+}
+
+int xllm_kv_write(const void* x, int64_t ldx, void* cache, const int64_t* slots, int64_t tokens, int64_t num_slots, int64_t size, int64_t bytes) {
+  if (const int bad = first_outside(slots, tokens, -1, num_slots)) return bad;
+  for_rows(tokens, size, [=](int64_t t) {
+    if (slots[t] < 0) return;
+    std::memcpy(static_cast<char*>(cache) + slots[t] * size * bytes, static_cast<const char*>(x) + t * ldx * bytes, static_cast<size_t>(size * bytes));
+  });
+  return 0;
+}
+
+// All sources are read into `buffer` [count][block_bytes] before any destination is written.
+int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer) {
+  if (const int bad = first_outside(from, count, 0, num_blocks)) return bad;
+  if (const int bad = first_outside(to, count, 0, num_blocks)) return bad;
+  auto *blocks = static_cast<char*>(cache), *kept = static_cast<char*>(buffer);
+  const auto size = static_cast<size_t>(block_bytes);
+  parallel_for(count, [=](int64_t i) { std::memcpy(kept + i * block_bytes, blocks + from[i] * block_bytes, size); });
+  parallel_for(count, [=](int64_t i) { std::memcpy(blocks + to[i] * block_bytes, kept + i * block_bytes, size); });
+  return 0;
+}

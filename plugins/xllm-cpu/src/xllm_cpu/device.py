@@ -1,0 +1,127 @@
+"""This processor as a device."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xllm_core.plugins import ConfigError, DeviceFacts, MemoryInfo
+from xllm_cpu.native import load
+
+_CGROUP = Path("/sys/fs/cgroup")
+_LINE = 64
+_HUGE = 2 << 20
+_ROOM = 64 << 20
+
+
+class CpuDevice:
+    """The CPU as a `DeviceBackend`. Work is synchronous; memory is the process's own.
+
+    index: must be 0. isa: instruction set of the kernels. torch is given one thread: its own would wait in a loop beside ours, and what the
+    core leaves to it between two of our ops is small.
+    """
+
+    def __init__(self, index: int = 0, *, isa: str = "auto") -> None:
+        if index != 0:
+            raise ConfigError(f"[device] index = {index}: cpu/cpu has only index 0; all its cores are one device")
+        self.native = load(isa)
+        self._room: torch.Tensor | None = None
+        self._used = 0
+        self.set_num_threads(_num_cores())
+        torch.set_num_threads(1)
+
+    def facts(self) -> DeviceFacts:
+        """bfloat16 first: half the bytes of a step. Rows are equal to the bit whatever runs beside them."""
+        return DeviceFacts(
+            kind="cpu", name=f"CPU ({platform.machine()}, {self.native.name}, {self.num_threads()} threads)", torch_device="cpu",
+            dtypes=("bfloat16", "float32"), is_row_invariant=True,
+        )  # fmt: skip
+
+    def memory(self) -> MemoryInfo:
+        """Of this machine, or of the container around the process if that is less."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * page
+        free = _available_bytes() or total // 2
+        limit = _number(_CGROUP / "memory.max")
+        if limit is not None and limit < total:
+            total, free = limit, min(free, max(0, limit - (_number(_CGROUP / "memory.current") or 0)))
+        return MemoryInfo(total_bytes=total, free_bytes=free)
+
+    def peak_memory_bytes(self) -> int:
+        """The process's highest resident size."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed pages of the system's, touched when first used; large ones in huge pages where the system has them."""
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        is_large = num_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
+        try:
+            memory = mmap.mmap(-1, max(1, num_bytes + _HUGE if is_large else num_bytes))
+        except (OSError, MemoryError, OverflowError) as error:
+            raise MemoryError(
+                f"cannot allocate {num_bytes} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"
+            ) from error
+        pages = np.frombuffer(memory, dtype=np.uint8)
+        first = 0
+        if is_large:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            first = -pages.ctypes.data % _HUGE  # a huge page begins where one may begin
+        return torch.from_numpy(pages[first : first + num_bytes]).view(dtype).view(tuple(shape))
+
+    def packed_weight(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for one weight, beside those before it in huge pages: a step reads all of them, and small pages cost more to find than to read."""
+        size = -(-num_elements * dtype.itemsize // _LINE) * _LINE
+        if self._room is None or self._used + size > self._room.numel():
+            self._room, self._used = self.allocate((max(size, _ROOM),), torch.uint8), 0
+        taken = self._room[self._used : self._used + num_elements * dtype.itemsize]
+        self._used += size
+        return taken.view(dtype)
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Ordinary memory: it is the device's own."""
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        """The same tensor."""
+        return host
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
+
+    def num_threads(self) -> int:
+        """Threads that share one op, the caller's included."""
+        count: int = self.native.threads()
+        return count
+
+    def set_num_threads(self, count: int) -> None:
+        """For every engine of this process that uses the same instruction set."""
+        self.native.set_threads(count)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

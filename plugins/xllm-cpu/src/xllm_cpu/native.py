@@ -1,0 +1,69 @@
+"""The kernels as Python calls them: one library per instruction set, plain C functions. See `native/api.h` for what each expects."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from xllm_core.plugins import ConfigError
+from xllm_cpu.isa import library_path, runnable, why_not
+
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+_FUNCTIONS: dict[str, tuple[object, list[object]]] = {
+    "isa": (ctypes.c_char_p, []),
+    "set_threads": (None, [_I32]),
+    "threads": (_I32, []),
+    "packed_elements": (_I64, [_I64, _I64, _I32, _I32]),
+    "packed_columns": (_I64, [_I64, _I32]),
+    "pack": (_I32, [_P, _I64, _I64, _I32, _I32, _P]),
+    "pack_bias": (_I32, [_P, _I64, _I32, _P]),
+    "linear": (_I32, [_P, _P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _I32]),
+    "rms_norm": (_I32, [_P, _I64, _P, _F32, _P, _I64, _I64, _I32]),
+    "add_rms_norm": (_I32, [_P, _P, _P, _F32, _P, _P, _I64, _I64, _I32]),
+    "silu_mul": (_I32, [_P, _I64, _P, _I64, _I64, _I32]),
+    "embedding": (_I32, [_P, _P, _P, _I64, _I64, _I64, _I32]),
+    "rope": (_I32, [_P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32]),
+    "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
+    "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
+    "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
+    "attention_tasks": (_I64, [_P, _I32, _I32, _I32, _P]),
+    "attention": (_I32, [_P]),
+}
+
+
+class AttentionCall(ctypes.Structure):
+    """`XllmAttention` of `native/api.h`."""
+
+    _fields_ = [
+        *((name, _P) for name in ("q", "k", "v", "out", "query_starts", "kv_lens", "tables", "tasks")),
+        *((name, _I64) for name in ("num_tasks", "table_width", "num_blocks")),
+        *((name, _I32) for name in ("num_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "window")),
+        *((name, _F32) for name in ("scale", "soft_cap")),
+        *((name, _I32) for name in ("is_bf16", "max_kv_len")),
+    ]
+
+
+class Library:
+    """The functions of one library, without their prefix. One per instruction set and process: its threads are shared."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, isa: str) -> None:
+        loaded = ctypes.CDLL(str(library_path(isa)))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(loaded, f"xllm_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        self.name = isa
+
+
+@cache
+def load(isa: str) -> Library:
+    """The library for an instruction set, or for the best that runs here ("auto"). Raises ConfigError with what would help."""
+    if reason := why_not(isa):
+        raise ConfigError(f"[plugin.cpu] isa = {isa!r}: {reason}")
+    return Library(runnable()[0] if isa == "auto" else isa)

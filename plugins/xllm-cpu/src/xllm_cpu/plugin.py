@@ -1,0 +1,49 @@
+"""What this plugin offers. Imported at every start of xllm, so it imports nothing but `xllm_core.plugins`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xllm_core.plugins import (
+    CORE_FUSIONS,
+    CORE_OPS,
+    AttentionSpec,
+    DeviceSpec,
+    OpSpec,
+    PluginContext,
+    PluginInfo,
+    hookimpl,
+)
+
+xllm_plugin = PluginInfo(id="cpu", xllm_api=">=0.1", config="xllm_cpu.settings:CpuTable")
+
+_CPU = frozenset({"cpu"})
+_DTYPES = frozenset({"float32", "bfloat16"})
+
+
+@hookimpl
+def xllm_devices(ctx: PluginContext) -> Iterable[DeviceSpec]:
+    """The processor, where the kernels were built and it runs them. Not an accelerator: one of those is chosen first."""
+    yield DeviceSpec(
+        name="cpu", target="xllm_cpu.device:CpuDevice", probe="xllm_cpu.probe:probe", rank=50,
+        options={"isa": ctx.settings.get("isa", "auto")}, summary="this processor, by native kernels",
+    )  # fmt: skip
+
+
+@hookimpl
+def xllm_ops() -> Iterable[OpSpec]:
+    """Every op of the core, and its fusions."""
+    for op in (*CORE_OPS, *CORE_FUSIONS):
+        attribute = "".join(part.capitalize() for part in op.split("_"))
+        yield OpSpec(
+            name=op, op=op, target=f"xllm_cpu.ops:{attribute}", rank=50, devices=_CPU, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ())
+        )  # fmt: skip
+
+
+@hookimpl
+def xllm_attention() -> Iterable[AttentionSpec]:
+    """One kernel for prefill and decode, any head size, any block size."""
+    yield AttentionSpec(
+        name="paged", target="xllm_cpu.attention:PagedAttention", rank=50, devices=_CPU, dtypes=_DTYPES,
+        features=frozenset({"sliding_window", "soft_cap"}), summary="online softmax in fixed chunks and splits",
+    )  # fmt: skip

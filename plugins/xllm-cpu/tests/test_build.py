@@ -1,0 +1,109 @@
+"""Built where there is a compiler and where there is none; and the kernels under the sanitizers of the compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xllm_cpu import isa, probe
+
+ROOT = Path(__file__).parent.parent
+
+
+def build_module() -> Any:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_kernels_the_probe_says_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an installation without a compiler: a reason, not an error."""
+    monkeypatch.setattr(isa, "FOLDER", tmp_path)
+    assert isa.runnable() == []
+    assert "install g++" in (probe.probe() or "")
+    (tmp_path / "libxllm_cpu_portable.so").write_bytes(b"not a library")
+    assert "do not load" in (probe.probe() or "")
+
+
+def test_an_instruction_set_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the flags that the processor lacks."""
+    monkeypatch.setattr(isa, "processor_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    assert isa.runnable() == ["avx2", "portable"]
+    assert "lacks avx512_bf16" in (isa.why_not("avx512_bf16") or "")
+
+
+@pytest.mark.slow
+def test_the_wheel_of_a_machine_without_a_compiler(tmp_path: Path) -> None:
+    """It builds, holds no library, and fits every platform."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("lib", "__pycache__", "tests"))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(source),
+    ]
+    environment = {**os.environ, "PATH": str(tmp_path / "nothing"), "CXX": ""}
+    subprocess.run(command, check=True, env=environment, timeout=120)
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+@pytest.mark.nightly
+def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
+    """Addresses and undefined behaviour: the tests of exactness and refusal once more, over libraries that stop at the first bad access."""
+    build = build_module()
+    folder = tmp_path / "lib"
+    build.COMMON = [
+        *build.COMMON,
+        "-g",
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
+    build.LINK = ["-shared", "-pthread", "-fsanitize=address,undefined"]
+    build.compile_all("g++", ROOT / "native", folder)
+    runtimes = [
+        subprocess.run(
+            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    code = (
+        "import sys, pathlib, xllm_cpu.isa as isa, pytest\n"
+        "isa.FOLDER = pathlib.Path(sys.argv[1])\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
+    )
+    tests = [str(ROOT / "tests" / name) for name in ("test_exactness.py", "test_hostile.py")]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), *tests],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,70 @@
+"""A model on this device: chosen by itself, answers that are the same to the bit, and those of the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xllm_cpu.isa import runnable
+
+from xllm_core import LLM, SamplingParams
+from xllm_core.testing import check_plugin
+from xllm_core.testing.tiny import tiny_config, write_tiny
+from xllm_core.testing.verify import QUICK, Verifier
+
+PROMPTS = [
+    {"prompt_token_ids": [(i * 7 + j * j) % 128 for j in range(length)]} for i, length in enumerate((1, 5, 33, 70))
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers, grouped heads."""
+    return str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path_factory.mktemp("tiny")))
+
+
+def tokens(model: str, **settings: Any) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM(model, dtype="float32", num_blocks=128, max_num_seqs=8, **settings) as llm:
+        return [list(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("isa", runnable())
+def test_tokens_of_the_reference(model: str, isa: str) -> None:
+    """On every instruction set, float32."""
+    expected = tokens(model, device="core/reference")
+    assert tokens(model, device="cpu/cpu", plugin={"cpu": {"isa": isa}}) == expected
+
+
+def test_it_is_chosen_where_no_accelerator_is(model: str) -> None:
+    """By rank, and its fusions are in use."""
+    with LLM(model, num_blocks=64) as llm:
+        info = llm.info
+    assert info.device.startswith("CPU (") and runnable()[0] in info.device
+    assert info.kernels["attention.full"] == "cpu/paged" and info.kernels["rope_kv_write"] == "cpu/rope_kv_write"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_to_the_bit(model: str, dtype: str) -> None:
+    """The quick matrix. The device promises equal rows, so no near tie excuses a difference. Dies with any kernel that feels its neighbours."""
+    report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu").run()
+    assert report.has_passed, [
+        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
+    ]
+
+
+def test_conformance() -> None:
+    """Everything that is declared, on the best instruction set."""
+    report = check_plugin("cpu", require_device=True)
+    assert report.ok, report.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", runnable()[1:])
+def test_conformance_of_the_others(isa: str, tmp_path: Path) -> None:
+    """Ops and attention, forced by a setting."""
+    config = tmp_path / "xllm.toml"
+    config.write_text(f'[plugin.cpu]\nisa = "{isa}"\n')
+    report = check_plugin("cpu", require_device=True, config=config, arguments=("-k", "test_op or test_attention"))
+    assert report.ok, report.text

@@ -1,0 +1,99 @@
+"""Shapes, types and indices that do not fit are refused by name; nothing outside the tensors is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from xllm_cpu.attention import PagedAttention
+from xllm_cpu.device import CpuDevice
+from xllm_cpu.ops import AddRmsNorm, BlockCopy, Embedding, KvWrite, Linear, RmsNorm, Rope, RopeKvWrite, SiluMul
+
+from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSegments
+
+T = torch.randn
+SLOTS = torch.tensor([0, 1])
+
+
+def ids(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def linear(device: CpuDevice, x: torch.Tensor) -> Any:
+    op = Linear(device)
+    return op(x, op.prepare(T(4, 6), None))
+
+
+CALLS: dict[str, tuple[Callable[[CpuDevice], Any], type[Exception], str]] = {
+    "linear, width": (lambda d: linear(d, T(2, 5)), ValueError, r"x must be \[T, 6\]"),
+    "linear, dtype": (lambda d: linear(d, T(2, 6).bfloat16()), ValueError, "x must be"),
+    "linear, half": (lambda d: Linear(d).prepare(T(4, 6).half(), None), TypeError, "neither float32 nor bfloat16"),
+    "embedding, high": (lambda d: Embedding(d)(ids(0, 3), T(3, 4)), IndexError, r"token id 3 at 1 is outside 0 .. 2"),
+    "embedding, low": (lambda d: Embedding(d)(ids(-1), T(3, 4)), IndexError, "token id -1 at 0"),
+    "embedding, type": (lambda d: Embedding(d)(torch.tensor([0], dtype=torch.int32), T(3, 4)), ValueError, "int64"),
+    "rms_norm, weight": (lambda d: RmsNorm(d)(T(2, 8), T(7), 1e-5), ValueError, r"weight must be \[H\]"),
+    "add_rms_norm, residual": (lambda d: AddRmsNorm(d)(T(2, 8), T(3, 8), T(8), 1e-5), ValueError, "residual"),
+    "silu_mul, odd": (lambda d: SiluMul(d)(T(2, 7)), ValueError, "2I"),
+    "rope, tokens": (lambda d: Rope(d)(T(2, 1, 8), T(2, 1, 8), T(1, 8), T(1, 8)), ValueError, "cos and sin"),
+    "rope, too wide": (lambda d: Rope(d)(T(2, 1, 8), T(2, 1, 8), T(2, 10), T(2, 10)), ValueError, "at most D"),
+    "kv_write, slot": (lambda d: KvWrite(d)((T(2, 1, 8),), (T(2, 4, 1, 8),), ids(0, 8)), IndexError, "slot 8 at 1 is outside 0 .. 7"),
+    "kv_write, below": (lambda d: KvWrite(d)((T(2, 1, 8),), (T(2, 4, 1, 8),), ids(0, -2)), IndexError, "slot -2"),
+    "kv_write, shape": (lambda d: KvWrite(d)((T(2, 2, 8),), (T(2, 4, 1, 8),), SLOTS), ValueError, "a cache must be"),
+    "kv_write, strided": (lambda d: KvWrite(d)((T(2, 1, 8),), (T(4, 2, 1, 8).transpose(0, 1),), SLOTS), ValueError, "contiguous"),
+    "rope_kv_write, slot": (
+        lambda d: RopeKvWrite(d)(T(2, 2, 8), T(2, 1, 8), T(2, 1, 8), T(2, 8), T(2, 8), (T(2, 4, 1, 8), T(2, 4, 1, 8)), ids(99, 0)),
+        IndexError, "slot 99 at 0",
+    ),
+    "block_copy, source": (lambda d: BlockCopy(d)((T(3, 4, 1),), ids(3), ids(0)), IndexError, "block 3 to 0"),
+    "block_copy, target": (lambda d: BlockCopy(d)((T(3, 4, 1),), ids(0), ids(-1)), IndexError, "block 0 to -1"),
+    "block_copy, counts": (lambda d: BlockCopy(d)((T(3, 4, 1),), ids(0), ids(1, 2)), ValueError, "as many sources"),
+    "index": (lambda d: CpuDevice(1), ConfigError, "only index 0"),
+    "memory": (lambda d: d.allocate((1 << 50,), torch.float32), MemoryError, "cannot allocate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_refused(device: CpuDevice, name: str) -> None:
+    """Each with its reason."""
+    call, error, text = CALLS[name]
+    with pytest.raises(error, match=text):
+        call(device)
+
+
+def layout(query: int, kv: int, *blocks: int) -> BatchLayout:
+    return BatchLayout(
+        *(torch.tensor(v, dtype=torch.int32) for v in ([query], [kv], [0, query])),
+        torch.tensor([blocks], dtype=torch.int32),
+    )
+
+
+def test_attention_refuses_what_does_not_fit(device: CpuDevice) -> None:
+    """Lengths beyond the table, more queries than tokens, blocks that are not there, wrong q and caches."""
+    geometry = AttentionGeometry(num_heads=2, num_kv_heads=1, head_size=8, scale=1.0, block_size=4, dtype="float32")
+    kernel = PagedAttention(device, geometry)
+    for batch in (layout(1, 9, 0, 1), layout(5, 4, 0, 1)):
+        with pytest.raises(ValueError, match="do not fit"):
+            kernel.plan(batch)
+    plan = kernel.plan(layout(1, 8, 0, 5))
+    cache = KVSegments(own=(T(3, 4, 1, 8), T(3, 4, 1, 8)))
+    with pytest.raises(IndexError, match="a table names block 5, the cache has 3"):
+        kernel.run(T(1, 2, 8), cache, plan, T(1, 2, 8))
+    plan = kernel.plan(layout(1, 8, 0, 2))
+    for q, own in (
+        (T(2, 2, 8), cache.own),
+        (T(1, 2, 8), (T(3, 4, 2, 8), T(3, 4, 2, 8))),
+        (T(1, 2, 8).double(), cache.own),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            kernel.run(q, KVSegments(own=own), plan, T(*q.shape).to(q.dtype))
+
+
+def test_nothing_to_do(device: CpuDevice) -> None:
+    """No rows at all are no reason to fail."""
+    op = Linear(device)
+    assert op(T(0, 6), op.prepare(T(4, 6), None)).shape == (0, 4)
+    assert RmsNorm(device)(T(0, 8), T(8), 1e-5).shape == (0, 8)
+    KvWrite(device)((T(0, 1, 8),), (T(2, 4, 1, 8),), ids())
+    BlockCopy(device)((T(2, 4, 1),), ids(), ids())
