@@ -64,6 +64,6 @@ class Lane:
     def _guarded(self, call: Callable[[], float | None]) -> float | None:
         try:
             return call()
-        except Exception:
+        except Exception:  # noqa: BLE001  it is logged, and the others go on
             _log.exception("a job of the Mooncake store failed")
             return 1.0

@@ -202,7 +202,7 @@ class MooncakeMover:
                     blocks = [self._view.read_block(group, entry.blocks[group]) for group in entry.part]
                     self._staging.write(slot, entry.key, entry.part, blocks)
                     staged.append((entry, slot))
-            except Exception:
+            except Exception:  # noqa: BLE001  whatever the device raises, the ticket ends, and it is logged
                 _log.exception("save %d: a block could not be read from the device", move.ticket)
                 self._give_back(slots)
                 self._end(move, False)
