@@ -41,4 +41,4 @@ def test_blocks_come_back_after_the_device_forgot_them(pair: Pair) -> None:
     after = wait_for(
         lambda: (now := pair.first.stats())["loaded_blocks"] >= before["loaded_blocks"] + NUM_BLOCKS and now, "loads"
     )
-    assert after["stored_blocks"] == before["stored_blocks"]
+    assert after["stored_blocks"] < before["stored_blocks"] + NUM_BLOCKS, "what is there is not stored again"

@@ -20,7 +20,7 @@ _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_mooncake.client_process import main; main()"
 )
 _STUCK_S = 20.0
-_CLOSE_WAIT_S = 1.0
+_CLOSE_WAIT_S = 0.3
 
 
 class ClientError(Exception):
