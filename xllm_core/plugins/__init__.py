@@ -32,6 +32,8 @@ from xllm_core.plugins.specs import (
 
 if TYPE_CHECKING:
     from xllm_core.errors import ConfigError, ModelFormatError
+    from xllm_core.models.config import Fields, RopeConfig, read_dtype, read_rope
+    from xllm_core.models.rope import Rotary
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
     from xllm_core.plugins.contracts.doctor import Finding
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
         Miss,
     )
     from xllm_core.plugins.contracts.model import (
+        AsksForOps,
         Attention,
+        Experts,
         ForwardContext,
         Layer,
         Linear,
@@ -58,7 +62,15 @@ if TYPE_CHECKING:
         Parts,
     )
     from xllm_core.plugins.contracts.observer import Observer, StepRecord
-    from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, REFERENCE_ATTENTION, REFERENCE_OPS, LinearOp
+    from xllm_core.plugins.contracts.ops import (
+        CORE_FUSIONS,
+        CORE_OPS,
+        MODEL_OPS,
+        REFERENCE_ATTENTION,
+        REFERENCE_OPS,
+        LinearOp,
+        MoeExpertsOp,
+    )
     from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
     from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
     from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
@@ -100,7 +112,9 @@ _CONTRACTS = {
         "Miss",
     ),
     "model": (
+        "AsksForOps",
         "Attention",
+        "Experts",
         "ForwardContext",
         "Layer",
         "Linear",
@@ -116,9 +130,11 @@ _CONTRACTS = {
     "ops": (
         "CORE_FUSIONS",
         "CORE_OPS",
+        "MODEL_OPS",
         "REFERENCE_ATTENTION",
         "REFERENCE_OPS",
         "LinearOp",
+        "MoeExpertsOp",
     ),
     "queries": (
         "AttentionQuery",
@@ -149,6 +165,8 @@ _CONTRACTS = {
 }
 _ELSEWHERE = {
     "xllm_core.errors": ("ConfigError", "ModelFormatError"),
+    "xllm_core.models.config": ("Fields", "RopeConfig", "read_dtype", "read_rope"),
+    "xllm_core.models.rope": ("Rotary",),
     "xllm_core.runtime.noise": ("gumbel", "stream_keys"),
     "xllm_core.types": ("KVTransfer", "SamplingParams", "SlotState"),
 }
@@ -159,8 +177,10 @@ __all__ = [
     "API_VERSION",
     "CORE_FUSIONS",
     "CORE_OPS",
+    "MODEL_OPS",
     "REFERENCE_ATTENTION",
     "REFERENCE_OPS",
+    "AsksForOps",
     "Attention",
     "AttentionGeometry",
     "AttentionKernel",
@@ -175,6 +195,8 @@ __all__ = [
     "DeviceFacts",
     "DeviceSpec",
     "DoctorSpec",
+    "Experts",
+    "Fields",
     "Finding",
     "ForwardContext",
     "Hit",
@@ -203,6 +225,7 @@ __all__ = [
     "ModelQuery",
     "ModelShape",
     "ModelSpec",
+    "MoeExpertsOp",
     "Observer",
     "ObserverSpec",
     "OpQuery",
@@ -211,6 +234,8 @@ __all__ = [
     "PluginContext",
     "PluginInfo",
     "ProcessorContext",
+    "RopeConfig",
+    "Rotary",
     "Sampler",
     "SamplerQuery",
     "SamplerSpec",
@@ -230,6 +255,8 @@ __all__ = [
     "WeightMap",
     "gumbel",
     "hookimpl",
+    "read_dtype",
+    "read_rope",
     "stream_keys",
 ]
 

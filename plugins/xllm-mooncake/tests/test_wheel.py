@@ -71,6 +71,7 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, master: Master) -> Non
 
     installed = run(binaries / "python", "-m", "pip", "list")
     assert "mooncake-transfer-engine-non-cuda" in installed and "nvidia" not in installed and "triton" not in installed
-    assert re.search(r"ok +mooncake", run(binaries / "xllm", "doctor"))
+    doctor = run(binaries / "xllm", "doctor")
+    assert re.search(r"ok +mooncake", doctor), doctor
     assert "kv_stores          store" in run(binaries / "xllm", "plugins", "list", "--why")
     assert "same text" in run(binaries / "python", "-c", SCRIPT, master.address)
