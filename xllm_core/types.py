@@ -127,6 +127,8 @@ class KVTransfer:
     """Blocks that go to a store or come from one. Device blocks are leased until the ticket is reported finished.
 
     keys: storage key per block of tokens. block_ids[g][i]: device block of group g for keys[i], -1 where that group has none.
+    One key covers the groups of kind "full", all together, or one group of another kind. A save names all that its keys cover; a load may
+    name fewer of the full ones, where the device has the others.
     """
 
     ticket: int

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.commands import doctor, models
-from xllm_core.commands.doctor import Finding
+from xllm_core.plugins import Finding
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_doctor_fails_with_a_remedy(runner: CliRunner, monkeypatch: pytest.Monke
     def broken() -> Iterator[Finding]:
         yield Finding("fail", "torch", "cannot be imported", "install torch")
 
-    monkeypatch.setattr(doctor, "CHECKS", (broken,))
+    monkeypatch.setattr(doctor, "check_torch", broken)
     done = runner.invoke(doctor.command, [])
     assert done.exit_code == 1
     assert "install torch" in done.output
@@ -48,7 +48,7 @@ def test_doctor_names_a_cache_that_cannot_be_written(
     """The variable that helps is in the remedy."""
     monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    (finding,) = doctor._caches()
+    (finding,) = doctor.check_caches()
     assert finding.state == "warn"
     assert "XLLM_CACHE_DIR" in finding.remedy
 

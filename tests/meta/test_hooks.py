@@ -23,7 +23,7 @@ def test_the_list_of_hooks() -> None:
     marked = [name for name, value in vars(hookspecs).items() if callable(value) and name.startswith("xllm_")]
     assert sorted(marked) == HOOKS
     assert HOOKS == [
-        "xllm_attention", "xllm_cli", "xllm_devices", "xllm_kv_stores", "xllm_logits_processors", "xllm_models",
+        "xllm_attention", "xllm_cli", "xllm_devices", "xllm_doctor", "xllm_kv_stores", "xllm_logits_processors", "xllm_models",
         "xllm_observers", "xllm_ops", "xllm_samplers", "xllm_schedulers", "xllm_weight_formats",
     ]  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_a_hook_has_a_caller_and_two_implementations(name: str) -> None:
     """The core's own and one from outside; whatever is collected is chosen from somewhere. Dies with a hook nobody asks."""
     assert hasattr(builtin, name)
     assert f"def {name}(" in GOOD.read_text()
-    assert name == "xllm_cli" or name in HOOK_OF_KIND.values(), "collected, and never chosen from"
+    assert name in ("xllm_cli", "xllm_doctor") or name in HOOK_OF_KIND.values(), "collected, and never chosen from"
 
 
 def test_every_name_of_the_surface_exists() -> None:
@@ -65,15 +65,15 @@ def test_the_public_surface() -> None:
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
         "API_VERSION", "AsksForOps", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis",
-        "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec",
-        "Experts", "Fields", "ForwardContext", "Hit", "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore",
-        "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor",
-        "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model", "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape",
-        "ModelSpec", "MoeExpertsOp", "Observer", "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo",
-        "ProcessorContext", "REFERENCE_ATTENTION", "REFERENCE_OPS", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec",
-        "SamplingBatch", "SamplingParams", "SchedulerPolicy", "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord",
-        "TensorInfo", "TokenizerFiles", "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "read_dtype",
-        "read_rope", "stream_keys",
+        "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts",
+        "DeviceSpec", "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "Hit", "KVGeometry", "KVGroupSpec", "KVIndex",
+        "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView", "Later", "Layer",
+        "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model", "ModelFamily",
+        "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "Observer", "ObserverSpec", "OpQuery", "OpSpec",
+        "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "REFERENCE_ATTENTION", "REFERENCE_OPS", "RopeConfig", "Rotary",
+        "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams", "SchedulerPolicy", "SchedulerSpec", "SequenceView",
+        "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles", "WeightEntry", "WeightFormat", "WeightFormatSpec",
+        "WeightMap", "gumbel", "hookimpl", "read_dtype", "read_rope", "stream_keys",
     ]  # fmt: skip
 
 

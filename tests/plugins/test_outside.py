@@ -133,7 +133,8 @@ def test_the_dummy_of_every_hook_is_called(
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with LLM("toy:1", use=pins, num_blocks=64, max_num_seqs=1) as llm:
         llm.generate([{"prompt_token_ids": [3, 1, 4]}] * 3, params, use_tqdm=False)
-    assert {hook for hook, count in calls.items() if count} | {"xllm_cli"} == set(HOOKS)
+    assert main(["doctor"]) == 0 and "the toy is out of its box" in capsys.readouterr().out
+    assert {hook for hook, count in calls.items() if count} | {"xllm_cli", "xllm_doctor"} == set(HOOKS)
 
 
 def test_every_part_of_it_works_in_a_real_engine(install: Install) -> None:

@@ -20,7 +20,7 @@ def test_the_core_conforms() -> None:
     assert report.ok, report.text
     kinds = {component.name.partition(" ")[0] for component in report.components if component.passed}
     assert kinds == {
-        "attention", "command", "device", "kv_store", "logits_processors", "model", "observers", "op", "sampler", "scheduler", "static",
+        "attention", "command", "device", "doctor", "kv_store", "logits_processors", "model", "observers", "op", "sampler", "scheduler", "static",
         "weight_format",
     }  # fmt: skip
 

@@ -25,6 +25,7 @@ from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
 from xllm_core.types import StepResult, TokenOutput
 
 SMALL = Scale((1, 17, 33, 70), 12)
+Install = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
     assert report.has_passed, [
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
     ]
-    assert all(row.activity > 0 and row.num_tokens > 0 for row in report.rows)
+    idle = [row for row in report.rows if row.activity == 0 or row.num_tokens == 0]
+    assert [row.feature for row in idle] == ["plugin's store"] and "--use kv_store" in idle[0].not_applicable
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
@@ -223,6 +225,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "prefix cache": cache_ignores_the_tokens,
     "preemption": preempted_sequences_say_a_token_again,
     "host store": store_brings_other_bytes,
+    "plugin's store": store_brings_other_bytes,
     "n > 1 forks": forks_share_their_tail,
     "resume": resumed_noise_starts_again,
     "neighbours aborted": leaving_clears_the_next_slot,
@@ -244,11 +247,17 @@ class _PlainFirst(Verifier):
 
 
 @pytest.mark.parametrize("row", list(ROWS))
-def test_a_planted_bug_turns_its_row_red(model: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_turns_its_row_red(
+    model: str, row: str, monkeypatch: pytest.MonkeyPatch, install: Install
+) -> None:
     """Every row has a bug that it alone is there to find; without it the same run is green."""
-    clean = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference").run(only=[row])
-    assert clean.has_passed, clean.rows
-    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference")
+    settings: dict[str, Any] = {"memory_bytes": 1 << 25, "block_size": 4, "use": {"device": "core/reference"}}
+    if row == "plugin's store":
+        install("good")
+        settings["use"] = {"device": "core/reference", "kv_store": "good/host"}
+    clean = Verifier(model, scale=SMALL, **settings).run(only=[row])
+    assert clean.has_passed and not clean.rows[0].not_applicable, clean.rows
+    broken = _PlainFirst(model, scale=SMALL, **settings)
     broken.plant = lambda: BUGS[row](monkeypatch)
     report = broken.run(only=[row])
     assert not report.has_passed, f"{BUGS[row].__name__} went unnoticed"

@@ -6,31 +6,25 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import asdict
 
 import click
 
-State = Literal["ok", "warn", "fail"]
+from xllm_core.plugins.contracts.doctor import Finding
+
 _MIN_FREE_BYTES = 2 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. remedy: what to do, empty where nothing needs doing."""
-
-    state: State
-    subject: str
-    detail: str
-    remedy: str = ""
 
 
 @click.command("doctor")
 @click.option("--json", "is_json", is_flag=True, help="One JSON list instead of text.")
 def command(is_json: bool) -> None:
-    """Check Python, torch, plugins, devices, memory and caches. Exit code 1 if something here cannot work."""
-    findings = [finding for check in CHECKS for finding in check()]
+    """Check Python, torch, plugins, devices, memory, caches, and what each plugin needs. Exit code 1 if something here cannot work."""
+    from xllm_core.plugins.findings import findings_of
+    from xllm_core.plugins.manager import PluginManager
+
+    manager = PluginManager.discover().load()
+    findings = [finding for offer in manager.offers("xllm_doctor") for finding in findings_of(offer.name, offer.spec)]
     if is_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -46,7 +40,8 @@ def command(is_json: bool) -> None:
         sys.exit(1)
 
 
-def _python() -> Iterator[Finding]:
+def check_python() -> Iterator[Finding]:
+    """Is it new enough?"""
     is_new = sys.version_info >= (3, 11)
     yield Finding(
         "ok" if is_new else "fail",
@@ -56,7 +51,8 @@ def _python() -> Iterator[Finding]:
     )
 
 
-def _torch() -> Iterator[Finding]:
+def check_torch() -> Iterator[Finding]:
+    """Can it be imported?"""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -67,7 +63,8 @@ def _torch() -> Iterator[Finding]:
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
 
-def _plugins() -> Iterator[Finding]:
+def check_plugins() -> Iterator[Finding]:
+    """Which load, and why the others do not."""
     from xllm_core.plugins.manager import PluginManager
 
     for record in PluginManager.discover().load().records:
@@ -75,11 +72,15 @@ def _plugins() -> Iterator[Finding]:
         if record.state == "loaded":
             yield Finding("ok", f"plugin {record.id}", about)
         else:
-            state: State = "ok" if record.state == "disabled" else "warn"
-            yield Finding(state, f"plugin {record.id}", f"{about}: {record.state}, {record.reason}")
+            yield Finding(
+                "ok" if record.state == "disabled" else "warn",
+                f"plugin {record.id}",
+                f"{about}: {record.state}, {record.reason}",
+            )
 
 
-def _devices() -> Iterator[Finding]:
+def check_devices() -> Iterator[Finding]:
+    """Which can be used here, and how much memory is free."""
     from xllm_core.config import Settings
     from xllm_core.plugins.manager import PluginManager
     from xllm_core.plugins.select import chosen, device_refusals
@@ -102,7 +103,8 @@ def _devices() -> Iterator[Finding]:
         )
 
 
-def _caches() -> Iterator[Finding]:
+def check_caches() -> Iterator[Finding]:
+    """Can they be written?"""
     from xllm_core.runtime.formats.gguf_tokenizer import cache_directory
 
     path = cache_directory()
@@ -112,6 +114,3 @@ def _caches() -> Iterator[Finding]:
         "ok" if is_writable else "warn", "cache", f"{path} ({'writable' if is_writable else 'cannot be written'})",
         "" if is_writable else "set XLLM_CACHE_DIR to a folder you can write to",
     )  # fmt: skip
-
-
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _plugins, _devices, _caches)

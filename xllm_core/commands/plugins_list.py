@@ -16,7 +16,7 @@ from xllm_core.plugins.manager import PluginManager
     "--why",
     "is_loaded",
     is_flag=True,
-    help="Load each plugin, in a process of its own; show what it offers, and of its devices what is missing here.",
+    help="Load each plugin, in a process of its own; show what it offers, and what it and its devices miss here.",
 )
 @click.option("--json", "is_json", is_flag=True, help="One JSON array on stdout.")
 @click_options()
@@ -28,7 +28,7 @@ def command(is_loaded: bool, is_json: bool, **flags: Any) -> None:
     if is_loaded:
         from xllm_core.plugins.isolated import load_isolated
 
-        records = load_isolated(flags["config_path"], flags["use"], probes_devices=True)
+        records = load_isolated(flags["config_path"], flags["use"], checks=True)
     else:
         manager = PluginManager.discover(settings_from_flags(flags)).check_metadata()
         records = [record.to_json() for record in manager.records]
@@ -48,6 +48,8 @@ def lines(record: dict[str, Any]) -> list[str]:
     if record["reason"]:
         found.append(f"  {record['reason']}")
     found += [f"  {hook.removeprefix('xllm_'):<18} {', '.join(parts)}" for hook, parts in record["parts"].items()]
-    return found + [
-        f"  device {name} cannot be used here: {reason}" for name, reason in record.get("unusable", {}).items()
-    ]
+    found += [f"  device {name} cannot be used here: {reason}" for name, reason in record.get("unusable", {}).items()]
+    for problem in record.get("problems", ()):
+        found.append(f"  {problem['state']}: {problem['subject']}: {problem['detail']}")
+        found += [f"    -> {problem['remedy']}"] if problem["remedy"] else []
+    return found

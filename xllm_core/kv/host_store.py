@@ -101,6 +101,11 @@ class HostIndex:
                 shelf.entries.move_to_end(key)
             return Hit(num_found) if num_found else Miss()
 
+    def held(self, keys: Sequence[bytes]) -> Sequence[bool]:
+        """True for blocks that are here or on the way."""
+        with self._shelf.lock:
+            return [key in self._shelf.entries for key in keys]
+
     def wants(self, keys: Sequence[bytes]) -> Sequence[bool]:
         """True for blocks that are neither here nor on the way; at most as many as could ever be here together."""
         shelf = self._shelf

@@ -246,9 +246,11 @@ class StoreLink:
         group = part.groups[0]
         has = [i < len(found._path) and part.is_on_device(found._path[i]) for i in range(end)]
         names = {i: storage_key(found._keys[i], self._fingerprint, part.name) for i in range(hit, end) if not has[i]}
-        # What the store wants it does not have. What it does not want it may have: the lookup below decides.
-        wanted = self._index.wants(list(names.values()))
-        in_store = {i for i, is_wanted in zip(names, wanted, strict=True) if not is_wanted}
+        held = self._index.held(list(names.values()))
+        if isinstance(held, Later):
+            found.is_later = True
+            return end
+        in_store = {i for i, is_held in zip(names, held, strict=True) if is_held}  # the lookup below decides
         while True:
             end = group.longest_hit([has[i] or i in in_store for i in range(end)], end)
             asked = [i for i in group.needed(end) if not has[i]]

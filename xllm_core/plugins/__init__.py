@@ -16,6 +16,7 @@ from xllm_core.plugins.specs import (
     AttentionSpec,
     CommandSpec,
     DeviceSpec,
+    DoctorSpec,
     KVStoreSpec,
     LogitsProcessorSpec,
     ModelSpec,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from xllm_core.models.rope import Rotary
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
+    from xllm_core.plugins.contracts.doctor import Finding
     from xllm_core.plugins.contracts.kv import (
         Hit,
         KVGeometry,
@@ -96,6 +98,7 @@ _CONTRACTS = {
         "DeviceFacts",
         "MemoryInfo",
     ),
+    "doctor": ("Finding",),
     "kv": (
         "Hit",
         "KVGeometry",
@@ -191,8 +194,10 @@ __all__ = [
     "DeviceBackend",
     "DeviceFacts",
     "DeviceSpec",
+    "DoctorSpec",
     "Experts",
     "Fields",
+    "Finding",
     "ForwardContext",
     "Hit",
     "KVGeometry",

@@ -10,6 +10,7 @@ from xllm_core.plugins.specs import (
     AttentionSpec,
     CommandSpec,
     DeviceSpec,
+    DoctorSpec,
     KVStoreSpec,
     LogitsProcessorSpec,
     ModelSpec,
@@ -165,3 +166,19 @@ def xllm_cli() -> Iterable[CommandSpec]:
     }
     for name, summary in summaries.items():
         yield CommandSpec(name=name, target=f"xllm_core.commands.{name.replace('-', '_')}:command", summary=summary)
+
+
+@hookimpl
+def xllm_doctor() -> Iterable[DoctorSpec]:
+    """What every machine needs, in the order in which one thing needs another."""
+    checks = {
+        "python": "Is it new enough?",
+        "torch": "Can it be imported?",
+        "plugins": "Which load, and why not the others?",
+        "devices": "Which can be used, and how much memory is free?",
+        "caches": "Can they be written?",
+    }
+    for i, (name, summary) in enumerate(checks.items()):
+        yield DoctorSpec(
+            name=name, target=f"xllm_core.commands.doctor:check_{name}", rank=len(checks) - i, summary=summary
+        )

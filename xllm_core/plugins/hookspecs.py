@@ -18,6 +18,7 @@ from xllm_core.plugins.specs import (
     AttentionSpec,
     CommandSpec,
     DeviceSpec,
+    DoctorSpec,
     KVStoreSpec,
     LogitsProcessorSpec,
     ModelSpec,
@@ -240,10 +241,29 @@ def xllm_cli(ctx: PluginContext) -> Iterable[CommandSpec]:  # type: ignore[empty
     """
 
 
+@hookspec
+def xllm_doctor(ctx: PluginContext) -> Iterable[DoctorSpec]:  # type: ignore[empty-body]
+    """Offer checks of this machine: is what the plugin needs here (driver, library, wheel), and if not, how does one get it.
+
+    Args:
+        ctx: the plugin's validated settings and the core's, as plain data.
+
+    Returns: one spec per check. Its target runs when `xllm doctor` or `xllm plugins list --why` is asked, and never at a start.
+    Errors: whatever a check raises becomes a finding under its name; the others run.
+
+    Example::
+
+        @hookimpl
+        def xllm_doctor():
+            yield DoctorSpec(name="driver", target="xllm_ascend.doctor:driver", summary="Is the driver installed?")
+    """
+
+
 HOOKS: dict[str, type[Spec]] = {
     "xllm_attention": AttentionSpec,
     "xllm_cli": CommandSpec,
     "xllm_devices": DeviceSpec,
+    "xllm_doctor": DoctorSpec,
     "xllm_kv_stores": KVStoreSpec,
     "xllm_logits_processors": LogitsProcessorSpec,
     "xllm_models": ModelSpec,

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from xllm_core.config import settings_from_flags
+from xllm_core.config import Settings, settings_from_flags
 from xllm_core.errors import PluginError
-from xllm_core.plugins.manager import PluginManager
+from xllm_core.plugins.findings import findings_of
+from xllm_core.plugins.manager import CORE, PluginManager
 from xllm_core.plugins.select import device_refusals
 
 LOAD_TIMEOUT_S = 20.0
@@ -30,22 +32,20 @@ def load_isolated(
     pins: tuple[str, ...] = (),
     *,
     timeout_s: float = LOAD_TIMEOUT_S,
-    probes_devices: bool = False,
+    checks: bool = False,
 ) -> list[dict[str, Any]]:
-    """Records of all plugins as `PluginRecord.to_json` gives them, each loaded as far as it can be.
+    """Records of all plugins as `PluginRecord.to_json` gives them, each loaded as far as it can be; "problems": what its checks found.
 
-    config_path, pins: as `--config` and `--use` give them. timeout_s: for one plugin. probes_devices: each record also gets "unusable", its
-    devices that cannot be used here with the reason. Raises PluginError if the child fails by itself.
+    config_path, pins: as `--config` and `--use` give them. timeout_s: for one plugin. checks: run those of `xllm_doctor`, but the core's, and
+    ask devices; each record also gets "unusable", its devices that cannot be used here with the reason. Raises PluginError if the child
+    fails by itself.
     """
     skip: dict[str, str] = {}
     while True:
         request = {
-            "path": sys.path,
-            "config_path": config_path,
-            "use": list(pins),
-            "skip": skip,
-            "probe_s": timeout_s * _PROBE_SHARE if probes_devices else None,
-        }
+            "path": sys.path, "config_path": config_path, "use": list(pins), "skip": skip, "checks": checks,
+            "probe_s": timeout_s * _PROBE_SHARE,
+        }  # fmt: skip
         begun, records, end = _run(request, timeout_s)
         if records is not None:
             return records
@@ -101,6 +101,17 @@ def _events(fd: int, timeout_s: float) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def _unusable(manager: PluginManager, settings: Settings, timeout_s: float) -> dict[str, dict[str, str]]:
+    """Per plugin, its devices that cannot be used here, with the reason."""
+    offers = manager.offers("xllm_devices")
+    found: dict[str, dict[str, str]] = {}
+    for name, reason in device_refusals(offers, settings, timeout_s=timeout_s).items():
+        if reason:
+            plugin, _, device = name.partition("/")
+            found.setdefault(plugin, {})[device] = reason
+    return found
+
+
 def main() -> None:
     """The child. What plugins print goes to stderr."""
     out = os.dup(1)
@@ -115,13 +126,18 @@ def main() -> None:
         logging.getLogger("xllm_core.plugins").setLevel(logging.ERROR)  # the reasons stand in the records
         manager = PluginManager.discover(settings)
         manager.load(skip=request["skip"], on_begin=lambda plugin_id: tell({"begin": plugin_id}))
+        problems: dict[str, list[dict[str, str]]] = {}
+        unusable: dict[str, dict[str, str]] = {}
+        if request["checks"]:
+            unusable = _unusable(manager, settings, request["probe_s"])
+            for offer in manager.offers("xllm_doctor"):
+                if offer.plugin != CORE:  # whose checks are of the machine, for `xllm doctor`
+                    tell({"begin": offer.plugin})
+                    found = [asdict(f) for f in findings_of(offer.name, offer.spec) if f.state != "ok"]
+                    problems[offer.plugin] = problems.get(offer.plugin, []) + found
         records = [record.to_json() for record in manager.records]
-        if request["probe_s"] is not None:
-            offers = manager.offers("xllm_devices")
-            reasons = device_refusals(offers, settings, timeout_s=request["probe_s"])
-            for record in records:
-                mine = {offer.spec.name: reasons[offer.name] for offer in offers if offer.plugin == record["id"]}
-                record["unusable"] = {name: reason for name, reason in mine.items() if reason}
+        for record in records:
+            record |= {"problems": problems.get(record["id"], []), "unusable": unusable.get(record["id"], {})}
         tell({"records": records})
     except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
         tell({"error": str(error)})

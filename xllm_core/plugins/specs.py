@@ -175,6 +175,11 @@ class CommandSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorSpec(Spec):
+    """A check of this machine. `target()` returns or yields `Finding`s, within seconds; `xllm doctor` and `xllm plugins list --why` call it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PluginInfo:
     """What a plugin module says of itself, as `xllm_plugin = PluginInfo(...)`.
 

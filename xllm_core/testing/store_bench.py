@@ -139,6 +139,15 @@ class StoreBench:
             time.sleep(0.002)
         return found.num_blocks if isinstance(found, Hit) else 0
 
+    def each(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which blocks are held, each for itself, once the store knows."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while isinstance(found := self.at_once("held()", lambda: self.index.held(keys)), Later):
+            assert time.monotonic() < deadline_s, f"held() still says Later after {PATIENCE_S:g} s"
+            self.poll()
+            time.sleep(0.002)
+        return list(found)
+
     def begin(self, keys: Sequence[bytes], blocks: Sequence[int], groups: Sequence[int], *, is_load: bool) -> int:
         """Plan and start a transfer; returns its ticket."""
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1

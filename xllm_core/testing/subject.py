@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xllm_core.plugins.contracts.device import DeviceBackend
     from xllm_core.testing.model_harness import Machine
 
-KINDS = {**HOOK_OF_KIND, "command": "xllm_cli"}
+KINDS = {**HOOK_OF_KIND, "command": "xllm_cli", "doctor": "xllm_doctor"}
 """Kind -> the hook that offers it."""
 
 

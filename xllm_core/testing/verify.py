@@ -116,6 +116,7 @@ class Verifier:
         self._assembly: Assembly | None = None
         self._plain: BuiltEngine | None = None
         self._allowed = 0.0
+        self._store = ""  # the one that the settings name
         self.baseline: Tokens = {}
         self._requests: list[EngineRequest] = []
         self._alone: Tokens = {}
@@ -197,8 +198,16 @@ class Verifier:
 
     def host_store(self) -> Outcome:
         """KV goes to host memory, the device forgets it, and it comes back."""
-        pins = {**self._settings.get("use", {}), "kv_store": "core/host"}
-        with self._engine(max_num_seqs=4, enable_prefix_cache=True, use=pins) as engine:
+        return self._offloaded("core/host")
+
+    def chosen_store(self) -> Outcome:
+        """The same through the store of a plugin, which `[use] kv_store` names."""
+        if self._store in ("", "core/host", "host"):
+            raise NotApplicableError("no plugin's store is chosen; install one, and name it: --use kv_store=ID/NAME")
+        return self._offloaded(self._store)
+
+    def _offloaded(self, store: str) -> Outcome:
+        with self._engine(max_num_seqs=4, enable_prefix_cache=True, store=store) as engine:
             drive(engine, self._requests)
             settle(engine)
             engine.scheduler.kv.reset_prefix_cache()
@@ -397,10 +406,15 @@ class Verifier:
 
     # ---- making engines and requests -------------------------------------------------------------------------------------------
 
-    def _build(self, **settings: Any) -> BuiltEngine:
-        """An engine under these settings; weights are read once and passed from engine to engine."""
+    def _build(self, *, store: str = "", **settings: Any) -> BuiltEngine:
+        """An engine under these settings; weights are read once and passed from engine to engine. store: of KV; only the rows of stores have one."""
         flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, "overlap": False, **settings}
         made = Settings.from_flags(path=self._model, **flat)
+        self._store = str(made.use.get("kv_store", ""))
+        use = {kind: pin for kind, pin in made.use.items() if kind != "kv_store"} | (
+            {"kv_store": store} if store else {}
+        )
+        made = made.model_copy(update={"use": use})
         assembly = assemble(made, PluginManager.discover(made).load())
         if self._assembly is None:
             self._assembly = assembly
@@ -457,6 +471,7 @@ ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "prefix cache": Verifier.prefix_cache,
     "preemption": Verifier.preemption,
     "host store": Verifier.host_store,
+    "plugin's store": Verifier.chosen_store,
     "n > 1 forks": Verifier.forks,
     "resume": Verifier.resume,
     "neighbours aborted": Verifier.aborts,

@@ -79,6 +79,10 @@ class KVIndex(Protocol):
     def lookup(self, keys: Sequence[bytes]) -> Hit | Later | Miss:
         """How much of a chain of storage keys (consecutive blocks of one sequence) is held."""
 
+    def held(self, keys: Sequence[bytes]) -> Sequence[bool] | Later:
+        """Which of these blocks, each for itself, are held or on their way; asked before a lookup where not every block of a chain is needed
+        (sliding windows, recurrent states). Later if the store has to find out."""
+
     def wants(self, keys: Sequence[bytes]) -> Sequence[bool]:
         """Which of these blocks the store would like to be given now (False: held already, or on the way)."""
 

@@ -139,6 +139,14 @@ def test_partial_hits(case: Case, bench: StoreBench) -> None:
     assert bench.settled([strange[0], *keys]) == 0, "a chain is held from its first block on, or not at all"
 
 
+def test_blocks_by_themselves(case: Case, bench: StoreBench) -> None:
+    """Which blocks are held is told for each, also behind one that is not: windows and states need no whole chain."""
+    keys = keys_for(bench, "each", 4)
+    assert bench.each(keys) == [False] * 4, "it holds what was never saved"
+    assert bench.save([keys[0], keys[2]], [1, 2], WINDOW) and bench.settled(keys[2:3]) == 1
+    assert bench.each(keys) == [True, False, True, False]
+
+
 def test_a_load_of_nothing_fails_and_writes_nothing(case: Case, bench: StoreBench) -> None:
     """A load of blocks that are gone ends as failed, and leaves the device as it was."""
     import torch
@@ -212,6 +220,10 @@ def test_closing_ends_everything(case: Case, bench: StoreBench) -> None:
 
 def test_a_dead_peer_is_a_miss(case: Case, bench: StoreBench, peer: Any) -> None:
     """Its peer killed, calls still return, loads fail and lookups find nothing; restarted, it takes blocks again."""
+    import uuid
+
+    from xllm_core.testing.store_bench import keys_of
+
     _need(case, peer)
     keys = keys_for(bench, "killed", 2)
     assert bench.save(keys, [1, 2], FULL) and bench.settled(keys) == 2
@@ -220,9 +232,10 @@ def test_a_dead_peer_is_a_miss(case: Case, bench: StoreBench, peer: Any) -> None
     assert not bench.end(ticket), "a load succeeded although the peer is dead"
     bench.settled(keys)
     peer.restart()
-    for attempt in range(50):  # it may take a moment to find its peer again
-        fresh = keys_for(bench, f"restarted {attempt}", 2)
-        if bench.save(fresh, [1, 2], FULL) and bench.settled(fresh) == 2:
+    for attempt in range(50):  # it may take a moment to find its peer again, and want nothing until then
+        fresh = keys_of(f"restarted {attempt} {uuid.uuid4()}", 2)
+        is_wanted = all(bench.at_once("wants()", partial(bench.index.wants, fresh)))
+        if is_wanted and bench.save(fresh, [1, 2], FULL) and bench.settled(fresh) == 2:
             break
         threading.Event().wait(0.1)
     else:

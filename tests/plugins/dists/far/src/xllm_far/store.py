@@ -91,6 +91,15 @@ class FarStore:
             self._counts["hits" if count else "misses"] += 1
             return Hit(count) if count else Miss()
 
+    def held(self, keys: Sequence[bytes]) -> Sequence[bool] | Later:
+        """Asked about like a chain, and kept for the lookup that follows."""
+        with self._lock:
+            unknown = [key for key in keys if key not in self._held]
+            if new := [key for key in unknown if key not in self._asked]:
+                self._asked.update(new)
+                self._work.put(lambda: self._ask(new))
+            return Later() if unknown else [self._held[key] for key in keys]
+
     def wants(self, keys: Sequence[bytes]) -> Sequence[bool]:
         with self._lock:
             return [key not in self._saved for key in keys]

@@ -10,6 +10,7 @@ from xllm_core.plugins import (
     AttentionSpec,
     CommandSpec,
     DeviceSpec,
+    DoctorSpec,
     KVStoreSpec,
     LogitsProcessorSpec,
     ModelSpec,
@@ -114,3 +115,9 @@ def xllm_cli(ctx: PluginContext) -> Iterable[CommandSpec]:
     """One command."""
     assert not ctx.settings, "xllm_cli is called before settings are read"
     yield CommandSpec(name="hello", target="xllm_good.commands:hello", summary="Say hello.")
+
+
+@hookimpl
+def xllm_doctor() -> Iterable[DoctorSpec]:
+    """One check."""
+    yield DoctorSpec(name="toy", target="xllm_good.commands:check", summary="Is the toy in its box?")

@@ -1,0 +1,3 @@
+"""KV blocks in a Mooncake store."""
+
+from __future__ import annotations
