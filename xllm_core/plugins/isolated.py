@@ -19,20 +19,33 @@ from typing import Any
 from xllm_core.config import settings_from_flags
 from xllm_core.errors import PluginError
 from xllm_core.plugins.manager import PluginManager
+from xllm_core.plugins.select import device_refusals
 
 LOAD_TIMEOUT_S = 20.0
+_PROBE_SHARE = 0.8  # of the silence that a child may keep: its devices are asked within it
 
 
 def load_isolated(
-    config_path: str | None = None, pins: tuple[str, ...] = (), *, timeout_s: float = LOAD_TIMEOUT_S
+    config_path: str | None = None,
+    pins: tuple[str, ...] = (),
+    *,
+    timeout_s: float = LOAD_TIMEOUT_S,
+    probes_devices: bool = False,
 ) -> list[dict[str, Any]]:
     """Records of all plugins as `PluginRecord.to_json` gives them, each loaded as far as it can be.
 
-    config_path, pins: as `--config` and `--use` give them. timeout_s: for one plugin. Raises PluginError if the child fails by itself.
+    config_path, pins: as `--config` and `--use` give them. timeout_s: for one plugin. probes_devices: each record also gets "unusable", its
+    devices that cannot be used here with the reason. Raises PluginError if the child fails by itself.
     """
     skip: dict[str, str] = {}
     while True:
-        request = {"path": sys.path, "config_path": config_path, "use": list(pins), "skip": skip}
+        request = {
+            "path": sys.path,
+            "config_path": config_path,
+            "use": list(pins),
+            "skip": skip,
+            "probe_s": timeout_s * _PROBE_SHARE if probes_devices else None,
+        }
         begun, records, end = _run(request, timeout_s)
         if records is not None:
             return records
@@ -102,7 +115,14 @@ def main() -> None:
         logging.getLogger("xllm_core.plugins").setLevel(logging.ERROR)  # the reasons stand in the records
         manager = PluginManager.discover(settings)
         manager.load(skip=request["skip"], on_begin=lambda plugin_id: tell({"begin": plugin_id}))
-        tell({"records": [record.to_json() for record in manager.records]})
+        records = [record.to_json() for record in manager.records]
+        if request["probe_s"] is not None:
+            offers = manager.offers("xllm_devices")
+            reasons = device_refusals(offers, settings, timeout_s=request["probe_s"])
+            for record in records:
+                mine = {offer.spec.name: reasons[offer.name] for offer in offers if offer.plugin == record["id"]}
+                record["unusable"] = {name: reason for name, reason in mine.items() if reason}
+        tell({"records": records})
     except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
         tell({"error": str(error)})
 

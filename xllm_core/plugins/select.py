@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 from xllm_core.config import Settings
@@ -204,11 +205,18 @@ def unfit_device(offer: Offer, probes: Probes) -> str:
     return probes.answer(offer.spec.probe) if offer.spec.probe else ""
 
 
-def start_probes(offers: Iterable[Offer], settings: Settings) -> Probes:
+def start_probes(offers: Iterable[Offer], settings: Settings, *, timeout_s: float | None = None) -> Probes:
     """Start, together, the probes that a choice of device will ask: of all that have one and what it requires, or of the pinned one alone."""
     pin = settings.use.get("device")
     asked = [find_named(pin, list(offers), "[use] device")] if isinstance(pin, str) else offers
-    return Probes(offer.spec.probe for offer in asked if offer.spec.probe and not refusal(offer, fits_anything))
+    targets = [offer.spec.probe for offer in asked if offer.spec.probe and not refusal(offer, fits_anything)]
+    return Probes(targets, timeout_s=timeout_s)
+
+
+def device_refusals(offers: Sequence[Offer], settings: Settings, *, timeout_s: float | None = None) -> dict[str, str]:
+    """Name of each device -> why it cannot be used here, or "". timeout_s: for all probes together, which run at once."""
+    with start_probes(offers, settings, timeout_s=timeout_s) as probes:
+        return {offer.name: refusal(offer, partial(unfit_device, probes=probes)) for offer in offers}
 
 
 def unfit_op(offer: Offer, query: OpQuery) -> str:

@@ -1,0 +1,1 @@
+"""Proof and figures on a real NVIDIA GPU; see `__main__`."""

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs for xLLM. Importing this loads nothing."""

@@ -1,0 +1,126 @@
+"""Paged ragged attention: one kernel for prompts, chunks and decode, and the merge of its splits.
+
+A tile is BLOCK_M rows of scores: BLOCK_Q = BLOCK_M // GROUP queries of one sequence times the GROUP heads that share a KV head, so that keys are
+read once for all of them. A program does one tile, one KV head and one split of the keys. Splits begin at multiples of SPLIT, whatever
+the batch is, and are merged in order: a row's result does not depend on its neighbours. Softmax as it comes: arXiv:1805.02867, arXiv:2205.14135.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Fields of one entry of the tile list, int32 each.
+TILE_FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def attend_tiles(
+    q, k, v, out, tiles, tables, partial_acc, partial_max, partial_sum, scale, soft_cap,
+    stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_block, stride_slot, stride_kv_head, stride_table,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile and split, one KV head.
+
+    q, out: [T, H, D]; k, v: [B, S, G, D], equal strides; tables: [R, stride_table] int32. tiles: [N, 8] int32: table row, first token in q,
+    position of that token, number of queries, split, first visible key, keys in all, place in the partial buffers or -1 for `out`.
+    partial_acc: [P, G, BLOCK_M, BLOCK_D] float32; partial_max, partial_sum: [P, G, BLOCK_M] float32. scale includes log2(e) where there is no
+    soft cap. WINDOW: 0 for none.
+    """
+    entry = tiles + tl.program_id(0) * TILE_FIELDS
+    kv_head = tl.program_id(1)
+    table_row, first_token = tl.load(entry), tl.load(entry + 1).to(tl.int64)
+    first_position, num_queries = tl.load(entry + 2), tl.load(entry + 3)
+    split, first_key, num_keys, place = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    query = m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    is_row = query < num_queries
+    is_element = d < HEAD_SIZE
+    q_offsets = (first_token + query) * stride_q_token + head * stride_q_head
+    tile_q = tl.load(q + q_offsets[:, None] + d[None, :], mask=is_row[:, None] & is_element[None, :], other=0.0)
+    position = first_position + query
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Steps of BLOCK_N begin at multiples of it, so that a key is always added in the same company.
+    begin = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
+    end = tl.minimum(split * SPLIT + SPLIT, num_keys)
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        is_key = (key >= first_key) & (key < num_keys)
+        block = tl.load(tables + table_row * stride_table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        kv_offsets = block * stride_block + (key % BLOCK_SIZE) * stride_slot + kv_head * stride_kv_head
+        tile_k = tl.load(k + kv_offsets[None, :] + d[:, None], mask=is_key[None, :] & is_element[:, None], other=0.0)
+        scores = tl.dot(tile_q, tile_k, input_precision=PRECISION) * scale
+        if HAS_SOFT_CAP:
+            # tanh by exp2 of a negative number, which cannot overflow; then in units of log2(e) as without a cap.
+            ratio = tl.exp2(-2.8853900817779268 * tl.abs(scores) / soft_cap)
+            tanh = (1 - ratio) / (1 + ratio)
+            scores = tl.where(scores < 0, -tanh, tanh) * soft_cap * 1.4426950408889634
+        is_visible = is_key[None, :] & (key[None, :] <= position[:, None]) & is_row[:, None]
+        if WINDOW > 0:
+            is_visible = is_visible & (position[:, None] - key[None, :] < WINDOW)
+        scores = tl.where(is_visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(row_max - base)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        tile_v = tl.load(v + kv_offsets[:, None] + d[None, :], mask=is_key[:, None] & is_element[None, :], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(tile_v.dtype), tile_v, input_precision=PRECISION)
+        row_max = new_max
+
+    if place < 0:
+        offsets = (first_token + query) * stride_out_token + head * stride_out_head
+        # Rows beyond the tile's queries saw nothing; they are not stored, and must not divide by zero.
+        normed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        tl.store(
+            out + offsets[:, None] + d[None, :],
+            normed.to(out.dtype.element_ty),
+            mask=is_row[:, None] & is_element[None, :],
+        )
+    else:
+        rows = (place.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + m
+        tl.store(partial_acc + rows[:, None] * BLOCK_D + d[None, :], acc)
+        tl.store(partial_max + rows, row_max)
+        tl.store(partial_sum + rows, row_sum)
+
+
+@triton.jit
+def merge_splits(
+    out, merges, partial_acc, partial_max, partial_sum, stride_out_token, stride_out_head,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: all splits of one tile and one KV head, in order, weighted by their log-sum-exp. merges: [N, 4] int32: first token,
+    number of queries, first place, number of places. A split in which a row sees nothing has the weight 0 and changes no bit.
+    """
+    entry = merges + tl.program_id(0) * 4
+    kv_head = tl.program_id(1)
+    first_token, num_queries = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+    first_place = tl.load(entry + 2).to(tl.int64)
+    end_place = first_place + tl.load(entry + 3)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    all_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for place in range(first_place, end_place):
+        rows = (place * tl.num_programs(1) + kv_head) * BLOCK_M + m
+        all_max = tl.maximum(all_max, tl.load(partial_max + rows))
+    base = tl.where(all_max == float("-inf"), 0.0, all_max)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for place in range(first_place, end_place):
+        rows = (place * tl.num_programs(1) + kv_head) * BLOCK_M + m
+        weight = tl.exp2(tl.load(partial_max + rows) - base)
+        total += weight * tl.load(partial_sum + rows)
+        acc += weight[:, None] * tl.load(partial_acc + rows[:, None] * BLOCK_D + d[None, :])
+    query = m // GROUP
+    offsets = (first_token + query) * stride_out_token + (kv_head * GROUP + m % GROUP) * stride_out_head
+    mask = (query < num_queries)[:, None] & (d < HEAD_SIZE)[None, :]
+    normed = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + offsets[:, None] + d[None, :], normed.to(out.dtype.element_ty), mask=mask)

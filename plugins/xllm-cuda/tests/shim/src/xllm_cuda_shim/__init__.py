@@ -1,0 +1,1 @@
+"""A device of kind "cuda" on CPU tensors, for tests of xllm-cuda with interpreted kernels. Never shipped."""
