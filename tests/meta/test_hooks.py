@@ -64,15 +64,16 @@ def test_the_public_surface() -> None:
     """What third parties build on. A name that goes or is renamed breaks them: this list changes only on purpose."""
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
-        "API_VERSION", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis", "BatchLayout",
-        "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec", "ForwardContext",
-        "Hit", "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec",
-        "KVTensorSpec", "KVTransfer", "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec",
-        "MemoryInfo", "Miss", "Model", "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "Observer",
-        "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "REFERENCE_ATTENTION",
-        "REFERENCE_OPS", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams", "SchedulerPolicy",
-        "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles", "WeightEntry",
-        "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "stream_keys",
+        "API_VERSION", "AsksForOps", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis",
+        "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec",
+        "Experts", "Fields", "ForwardContext", "Hit", "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore",
+        "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor",
+        "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model", "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape",
+        "ModelSpec", "MoeExpertsOp", "Observer", "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo",
+        "ProcessorContext", "REFERENCE_ATTENTION", "REFERENCE_OPS", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec",
+        "SamplingBatch", "SamplingParams", "SchedulerPolicy", "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord",
+        "TensorInfo", "TokenizerFiles", "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "read_dtype",
+        "read_rope", "stream_keys",
     ]  # fmt: skip
 
 

@@ -103,8 +103,11 @@ _ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-def read_rope(fields: Fields, head_size: int, max_model_len: int) -> RopeConfig:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before)."""
+def read_rope(fields: Fields, head_size: int, max_model_len: int, *, rotated_share: float | None = None) -> RopeConfig:
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before).
+
+    rotated_share: for a family that rotates a part of each head, the part where `partial_rotary_factor` is missing; None: it rotates all, or refuses.
+    """
     name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
     given = fields.get(name) or {}
     if not isinstance(given, Mapping):
@@ -114,8 +117,7 @@ def read_rope(fields: Fields, head_size: int, max_model_len: int) -> RopeConfig:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _ROPE_NUMBERS:
         raise fields.error(name, f"is of type {shown(kind)}; served are {', '.join(_ROPE_NUMBERS)}")
-    if given.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise fields.error("partial_rotary_factor", "rotates a part of each head, which these families cannot serve")
+    size = _rotated(fields, given, head_size, rotated_share)
     values = dict(given)
     if kind in ("llama3", "yarn"):
         outside = fields.get("original_max_position_embeddings")
@@ -134,11 +136,32 @@ def read_rope(fields: Fields, head_size: int, max_model_len: int) -> RopeConfig:
     if kind == "yarn":
         parameters["truncate"] = bool(values.get("truncate", True))
     if kind == "factors":
-        parameters["factors"] = _read_factors(fields, values.get("factors"), head_size // 2)
+        parameters["factors"] = _read_factors(fields, values.get("factors"), size // 2)
     if (theta := values.get("rope_theta")) is None:
         theta = fields.get("rope_theta")
     theta = _positive(10000.0 if theta is None else theta, lambda problem: fields.error("rope_theta", problem))
-    return RopeConfig(kind=kind, theta=theta, size=head_size, parameters=parameters)
+    return RopeConfig(kind=kind, theta=theta, size=size, parameters=parameters)
+
+
+def _rotated(fields: Fields, given: Mapping[str, Any], head_size: int, rotated_share: float | None) -> int:
+    """Elements of each head that are rotated."""
+    share = given.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if rotated_share is None:
+        if share not in (None, 1, 1.0):
+            raise fields.error(
+                "partial_rotary_factor", "rotates a part of each head, which these families cannot serve"
+            )
+        return head_size
+    share = _positive(
+        rotated_share if share is None else share, lambda problem: fields.error("partial_rotary_factor", problem)
+    )
+    size = int(head_size * share)
+    if share > 1 or size < 2 or size % 2:
+        raise fields.error(
+            "partial_rotary_factor",
+            f"is {share}: of {head_size} elements a head {size} would turn, an even number up to all of them is needed",
+        )
+    return size
 
 
 def _read_factors(fields: Fields, value: Any, count: int) -> tuple[float, ...]:

@@ -109,7 +109,9 @@ class _DryParts:
     def op(self, name: str, *, unfused: Callable[..., Any] | None = None) -> Callable[..., Any]:
         raise AssertionError(f"the op {name!r} is not asked for by transformers' code")
 
-    def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
+    def parameter(
+        self, name: str, shape: Sequence[int], axis: Axis = "replicated", *, is_float32: bool = False
+    ) -> torch.Tensor:
         self._asked.append((name, tuple(shape), axis))
         return torch.zeros(tuple(shape), dtype=self.dtype, device=self.torch_device)
 
@@ -121,6 +123,12 @@ class _DryParts:
 
     def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Any:
         raise AssertionError(f"{name}: transformers' code multiplies and activates apart")
+
+    def router(self, name: str, hidden: int, num_experts: int) -> Any:
+        raise AssertionError(f"{name}: transformers' code routes itself")
+
+    def experts(self, name: str, num_experts: int, hidden: int, inner: int) -> Any:
+        raise AssertionError(f"{name}: transformers' code calls its experts itself")
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Any:
         self._asked.append((f"{name}.weight", (num_embeddings, size), "vocab"))

@@ -31,6 +31,8 @@ from xllm_core.plugins.specs import (
 
 if TYPE_CHECKING:
     from xllm_core.errors import ConfigError, ModelFormatError
+    from xllm_core.models.config import Fields, RopeConfig, read_dtype, read_rope
+    from xllm_core.models.rope import Rotary
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
     from xllm_core.plugins.contracts.kv import (
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
         Miss,
     )
     from xllm_core.plugins.contracts.model import (
+        AsksForOps,
         Attention,
+        Experts,
         ForwardContext,
         Layer,
         Linear,
@@ -56,7 +60,15 @@ if TYPE_CHECKING:
         Parts,
     )
     from xllm_core.plugins.contracts.observer import Observer, StepRecord
-    from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, REFERENCE_ATTENTION, REFERENCE_OPS, LinearOp
+    from xllm_core.plugins.contracts.ops import (
+        CORE_FUSIONS,
+        CORE_OPS,
+        MODEL_OPS,
+        REFERENCE_ATTENTION,
+        REFERENCE_OPS,
+        LinearOp,
+        MoeExpertsOp,
+    )
     from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
     from xllm_core.plugins.contracts.sampling import LogitsProcessor, ProcessorContext, Sampler, SamplingBatch
     from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
@@ -97,7 +109,9 @@ _CONTRACTS = {
         "Miss",
     ),
     "model": (
+        "AsksForOps",
         "Attention",
+        "Experts",
         "ForwardContext",
         "Layer",
         "Linear",
@@ -113,9 +127,11 @@ _CONTRACTS = {
     "ops": (
         "CORE_FUSIONS",
         "CORE_OPS",
+        "MODEL_OPS",
         "REFERENCE_ATTENTION",
         "REFERENCE_OPS",
         "LinearOp",
+        "MoeExpertsOp",
     ),
     "queries": (
         "AttentionQuery",
@@ -146,6 +162,8 @@ _CONTRACTS = {
 }
 _ELSEWHERE = {
     "xllm_core.errors": ("ConfigError", "ModelFormatError"),
+    "xllm_core.models.config": ("Fields", "RopeConfig", "read_dtype", "read_rope"),
+    "xllm_core.models.rope": ("Rotary",),
     "xllm_core.runtime.noise": ("gumbel", "stream_keys"),
     "xllm_core.types": ("KVTransfer", "SamplingParams", "SlotState"),
 }
@@ -156,8 +174,10 @@ __all__ = [
     "API_VERSION",
     "CORE_FUSIONS",
     "CORE_OPS",
+    "MODEL_OPS",
     "REFERENCE_ATTENTION",
     "REFERENCE_OPS",
+    "AsksForOps",
     "Attention",
     "AttentionGeometry",
     "AttentionKernel",
@@ -171,6 +191,8 @@ __all__ = [
     "DeviceBackend",
     "DeviceFacts",
     "DeviceSpec",
+    "Experts",
+    "Fields",
     "ForwardContext",
     "Hit",
     "KVGeometry",
@@ -198,6 +220,7 @@ __all__ = [
     "ModelQuery",
     "ModelShape",
     "ModelSpec",
+    "MoeExpertsOp",
     "Observer",
     "ObserverSpec",
     "OpQuery",
@@ -206,6 +229,8 @@ __all__ = [
     "PluginContext",
     "PluginInfo",
     "ProcessorContext",
+    "RopeConfig",
+    "Rotary",
     "Sampler",
     "SamplerQuery",
     "SamplerSpec",
@@ -225,6 +250,8 @@ __all__ = [
     "WeightMap",
     "gumbel",
     "hookimpl",
+    "read_dtype",
+    "read_rope",
     "stream_keys",
 ]
 

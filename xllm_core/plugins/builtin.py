@@ -40,8 +40,11 @@ def xllm_devices() -> Iterable[DeviceSpec]:
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
     """The definition of every op: `rms_norm` is `xllm_core.reference.ops:RmsNorm`, and so on."""
+    checks = {"moe_experts": "xllm_core.reference.ops:lacks_grouped_mm"}
     for op, target in REFERENCE_OPS.items():
-        yield OpSpec(name=op, op=op, target=target, devices=_REFERENCE, dtypes=_DTYPES, summary="the reference")
+        yield OpSpec(
+            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, summary="the reference"
+        )  # fmt: skip
 
 
 @hookimpl

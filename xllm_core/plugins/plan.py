@@ -83,8 +83,8 @@ class Choice:
 class AssemblyPlan:
     """Every decision of one engine. Frozen.
 
-    attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, and per fusion that was taken;
-    unused_fusions: (name, reason) of the others. logits_processors: in the order of
+    attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, per op that the family asks for beyond them, and
+    per fusion that was taken; unused_fusions: (name, reason) of the others. logits_processors: in the order of
     application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the dtype comes from.
     """
 

@@ -19,7 +19,7 @@ from xllm_core.errors import ConfigError, ModelError, ModelNotFoundError, Plugin
 from xllm_core.plugins.contracts.attention import AttentionGeometry
 from xllm_core.plugins.contracts.device import DeviceFacts
 from xllm_core.plugins.contracts.kv import KVGroupSpec
-from xllm_core.plugins.contracts.model import ModelFamily, ModelShape
+from xllm_core.plugins.contracts.model import ModelFamily, ModelShape, ops_of
 from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
 from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
@@ -93,7 +93,7 @@ def assemble(settings: Settings, manager: PluginManager) -> Assembly:
     shape = family.shape(config)
     dtype, dtype_reason = resolver.dtype(config, facts, model)
     layout = resolver.layout(family.attention(config), facts, dtype)
-    ops = {name: resolver.op(name, facts, dtype) for name in CORE_OPS}
+    ops = {name: resolver.op(name, facts, dtype, asked_by=model.name) for name in ops_of(family, config)}
     fusions, unused_fusions = resolver.fusions(ops, facts, dtype)
     plan = AssemblyPlan(
         model_path=str(checkpoint.path),
@@ -309,11 +309,14 @@ class Resolver:
             need=describe_geometry(geometry, facts.kind), query=query,
         )  # fmt: skip
 
-    def op(self, name: str, facts: DeviceFacts, dtype: str) -> Choice:
-        """The implementation of one op."""
+    def op(self, name: str, facts: DeviceFacts, dtype: str, *, asked_by: str = "") -> Choice:
+        """The implementation of one op. asked_by: the family that needs it, where not every model does."""
         offers = [offer for offer in self.offers("op") if offer.spec.op == name]
         query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
         need = f"{name} on {facts.kind} in {dtype}"
+        if asked_by and name not in CORE_OPS:
+            kinds = sorted({kind for offer in offers for kind in offer.spec.devices}) or ["no device"]
+            need += f", which {asked_by} asks for and is offered on {', '.join(kinds)}; choose such a device ([device] name)"
         return choose(f"op.{name}", offers, self.settings, partial(unfit_op, query=query), need=need, query=query)
 
     def fusions(

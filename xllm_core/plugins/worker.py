@@ -14,6 +14,7 @@ import importlib_metadata
 from xllm_core import __version__
 from xllm_core.errors import PluginError
 from xllm_core.plugins.contracts.attention import AttentionGeometry
+from xllm_core.plugins.contracts.model import ops_of
 from xllm_core.plugins.plan import MASKED, AssemblyPlan
 from xllm_core.plugins.resolve import Assembly, load_family
 
@@ -43,6 +44,10 @@ def assembly_of(plan: AssemblyPlan) -> Assembly:
     }
     if geometry != dict(plan.geometry):
         raise PluginError(f"{plan.model.name} asks for {geometry} here, and the plan has {dict(plan.geometry)}")
+    if lacking := set(ops_of(family, config)) - set(plan.ops):
+        raise PluginError(
+            f"{plan.model.name} asks here for the ops {', '.join(sorted(lacking))}, which the plan does not have"
+        )
     return Assembly(plan, checkpoint, facts, family, family.shape(config), family.kv_groups(config, plan.dtype))
 
 

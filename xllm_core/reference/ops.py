@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from xllm_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.device import DeviceBackend
+    from xllm_core.plugins.contracts.queries import OpQuery
 
 # Up to this many rows torch multiplies bfloat16 at the speed of memory on any CPU.
 _FEW_ROWS = 4
@@ -47,6 +50,74 @@ class Linear:
             rows = slice(start, start + _TILE_ROWS)
             out[:, rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
         return out
+
+
+class LinearFloat32:
+    """`linear_float32`: x @ weight.T in float32, whatever x's dtype. A rounded score could send a token to another expert."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both float32, kept as they are."""
+        return weight, bias
+
+    def __call__(self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out] float32."""
+        return F.linear(x.float(), *prepared)
+
+
+def lacks_grouped_mm(query: OpQuery | None = None) -> str | None:
+    """Why this torch cannot run the reference of `moe_experts`, or None. The `check` of its spec."""
+    if hasattr(F, "grouped_mm"):
+        return None
+    return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks; install a newer torch (2.13 has it)"
+
+
+class MoeExperts:
+    """`moe_experts`: tokens sorted by expert, then one grouped product per map; torch goes from group to group, not Python."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        if reason := lacks_grouped_mm():
+            raise ConfigError(f"the reference op moe_experts {reason}")
+        self._silu_mul = SiluMul(device)
+
+    def prepare(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up: [E, 2I, H], down: [E, H, I]. Kept as they are where their rows are whole vectors of 16 bytes, else filled up with zeros."""
+        return _filled_up(gate_up), _filled_up(down)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        counts: torch.Tensor,
+        prepared: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """As `contracts.ops.MoeExpertsOp` says; the K results of a token are added in the order of its ids."""
+        gate_up, down = prepared
+        (num_tokens, top_k), num_experts = ids.shape, len(counts)
+        is_elsewhere = ids.flatten() < 0
+        expert = torch.where(is_elsewhere, num_experts, ids.flatten())
+        order = torch.argsort(expert, stable=True)  # what is elsewhere comes last, beyond the end of the last group
+        found = counts.new_zeros(num_experts + 1).index_add_(0, expert, torch.ones_like(expert))[:num_experts]
+        counts += found
+        ends = found.cumsum(0).to(torch.int32)
+        inner = self._silu_mul(_grouped(x[order // top_k], gate_up, ends))
+        grouped = _grouped(inner, down, ends)
+        parted = torch.empty_like(grouped).index_copy_(0, order, grouped)
+        weighted = (parted.float() * weights.reshape(-1, 1)).masked_fill_(is_elsewhere.unsqueeze(1), 0)
+        return weighted.view(num_tokens, top_k, down.shape[1]).sum(1).to(x.dtype)
+
+
+def _grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows of x, group by group, times each group's weight [out, in]. Rows after the last group are undefined."""
+    return F.grouped_mm(F.pad(x, (0, weight.shape[-1] - x.shape[-1])), weight.transpose(1, 2), offs=ends)
+
+
+def _filled_up(weight: torch.Tensor) -> torch.Tensor:
+    missing = -weight.shape[-1] % (16 // weight.element_size())
+    return F.pad(weight, (0, missing)) if missing else weight
 
 
 class Embedding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,46 +104,63 @@ def _listed(names: Sequence[str], what: str) -> str:
 
 def _check_coverage(entries: Sequence[WeightEntry], parameters: Mapping[str, Parameter]) -> None:
     """A weight map must fill each parameter exactly; a gap would leave zeros in a model that runs."""
-    filled = dict.fromkeys(parameters, 0)
+    filled: Counter[tuple[str, int | None]] = Counter()  # by parameter, and by expert where a tensor is one expert's
     for entry in entries:
         parameter = parameters.get(entry.param)
         if parameter is None:
             raise IntegrityError(f"the weight map fills {entry.param!r}, which the model did not ask for")
-        count = _num_rows(parameter) if entry.rows is None else entry.rows[1]
-        filled_shape = parameter.shape if entry.rows is None else (count, *parameter.shape[1:])
+        whole = parameter.shape if entry.expert is None else parameter.shape[1:]
+        count = _num_rows(whole) if entry.rows is None else entry.rows[1]
+        filled_shape = whole if entry.rows is None else (count, *whole[1:])
         if filled_shape != entry.shape or entry.axis != parameter.axis:
             raise IntegrityError(
                 f"the weight map gives {entry.name!r} shape {entry.shape} and axis {entry.axis!r}; it fills {count} rows of"
                 f" {entry.param!r}, which has shape {parameter.shape} and axis {parameter.axis!r}"
             )
-        filled[entry.param] += count
-    for name, count in filled.items():
-        if count != _num_rows(parameters[name]):
-            raise IntegrityError(f"the weight map fills {count} of {_num_rows(parameters[name])} rows of {name!r}")
+        filled[entry.param, entry.expert] += count
+    for name, parameter in parameters.items():
+        by_expert = parameter.axis == "expert" and not filled[name, None]
+        for expert in range(parameter.shape[0]) if by_expert else (None,):
+            total = _num_rows(parameter.shape[1:] if by_expert else parameter.shape)
+            if (count := filled[name, expert]) != total:
+                where = "" if expert is None else f", expert {expert}"
+                raise IntegrityError(f"the weight map fills {count} of {total} rows of {name!r}{where}")
 
 
-def _num_rows(parameter: Parameter) -> int:
+def _num_rows(shape: Sequence[int]) -> int:
     """A single number is one row."""
-    return parameter.shape[0] if parameter.shape else 1
+    return shape[0] if shape else 1
 
 
 def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CoreParts) -> None:
     """Copy this rank's share of one tensor into its rows of the parameter."""
     parameter = parts.parameters[entry.param]
     assert parameter.tensor is not None, f"{parameter.name} was filled and finished before"
-    target, tensor = parameter.tensor, checkpoint.read(source)
+    target, dim = parameter.tensor, parameter.divided_dim
+    if entry.expert is not None:
+        assert parameter.physical_of is not None, f"{parameter.name} holds no experts"
+        place = int(parameter.physical_of[entry.expert]) - parts.rank * len(target)
+        if not 0 <= place < len(target):
+            return  # another rank's
+        target, dim = target[place], None
     if entry.rows is not None:
         # Each tensor of a fused parameter is shared out by itself, so a rank holds its queries, then its keys, then its values.
         first, count = entry.rows
-        divisor = parts.world_size if parameter.divided_dim == 0 else 1
+        divisor = parts.world_size if dim == 0 else 1
         target = target[first // divisor : (first + count) // divisor]
-    if (dim := parameter.divided_dim) is not None:
-        share = parts.share(entry.shape[dim])
-        tensor = tensor.narrow(dim, parts.rank * share, share)
+    tensor = checkpoint.read(source)
+    if entry.row_order is not None:
+        size = len(entry.row_order)
+        tensor = tensor.view(-1, size, *tensor.shape[1:])[:, list(entry.row_order)].flatten(0, 1)
+    if dim is not None:
+        share = parts.share(entry.shape[dim] // (stacked := entry.stacked if dim == 0 else 1))
+        pieces = tensor.chunk(stacked) if stacked > 1 else (tensor,)
+        shares = [piece.narrow(dim, parts.rank * share, share) for piece in pieces]
+        tensor = shares[0] if stacked == 1 else torch.cat(shares)
     target.copy_(tensor)
     # One pass over what was just written. A sum is finite exactly when all terms are: overflow needs 1e38, which no weight is near.
     if not torch.isfinite(target.sum(dtype=torch.float32)):
         raise WeightMismatchError(
-            f"{checkpoint.path}: tensor {source!r} holds values that are not finite in {parts.dtype}; the file is damaged, or its"
+            f"{checkpoint.path}: tensor {source!r} holds values that are not finite in {target.dtype}; the file is damaged, or its"
             " weights need a wider dtype"
         )

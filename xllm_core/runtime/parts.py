@@ -16,8 +16,8 @@ import torch
 from xllm_core.errors import ConfigError, IntegrityError
 from xllm_core.plugins.contracts.attention import AttentionKernel, KVSegments
 from xllm_core.plugins.contracts.device import DeviceBackend
-from xllm_core.plugins.contracts.model import Attention, ForwardContext, Linear
-from xllm_core.plugins.contracts.ops import LinearOp
+from xllm_core.plugins.contracts.model import Attention, Experts, ForwardContext, Linear
+from xllm_core.plugins.contracts.ops import LinearOp, MoeExpertsOp
 from xllm_core.plugins.contracts.weights import Axis
 from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.kv_cache import KVCache
@@ -34,6 +34,7 @@ class Parameter:
     shape: tuple[int, ...]
     axis: Axis
     tensor: torch.Tensor | None
+    physical_of: torch.Tensor | None = None  # where each expert lies, for axis "expert"
 
     @property
     def divided_dim(self) -> int | None:
@@ -70,6 +71,7 @@ class CoreParts:
         self._all_reduce = all_reduce or _identity
         self._all_gather = all_gather or _identity
         self._linears: list[_BoundLinear] = []
+        self._experts: dict[str, _BoundExperts] = {}
         self._attentions: dict[tuple[str, int], _BoundAttention] = {}
 
     # What models call.
@@ -90,9 +92,11 @@ class CoreParts:
             raise IntegrityError(f"the model asks for the op {name!r}, the plan holds {', '.join(sorted(self._ops))}")
         return self._ops[name]
 
-    def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
+    def parameter(
+        self, name: str, shape: Sequence[int], axis: Axis = "replicated", *, is_float32: bool = False
+    ) -> torch.Tensor:
         """A parameter that the model keeps and hands to ops itself."""
-        tensor = self._new_parameter(name, shape, axis).tensor
+        tensor = self._new_parameter(name, shape, axis, is_float32=is_float32).tensor
         assert tensor is not None
         return tensor
 
@@ -112,6 +116,23 @@ class CoreParts:
         if "linear_silu_mul" in self._ops:
             return self._bind(_BoundLinear(self.op("linear_silu_mul"), weight, bias, _identity))
         return self._bind(_BoundLinear(self.op("linear"), weight, bias, self.op("silu_mul")))
+
+    def router(self, name: str, hidden: int, num_experts: int) -> Linear:
+        """A float32 map that every rank computes: all must send a token to the same experts."""
+        weight = self._new_parameter(f"{name}.weight", (num_experts, hidden), "replicated", is_float32=True)
+        return self._bind(_BoundLinear(self.op("linear_float32"), weight, None, _identity))
+
+    def experts(self, name: str, num_experts: int, hidden: int, inner: int) -> Experts:
+        """Each rank holds consecutive places of the table; tokens for experts elsewhere add nothing here, and the sum over ranks brings them."""
+        gate_up = self._new_parameter(f"{name}.gate_up", (num_experts, 2 * inner, hidden), "expert")
+        down = self._new_parameter(f"{name}.down", (num_experts, hidden, inner), "expert")
+        first = self.rank * self.share(num_experts)
+        bound = _BoundExperts(
+            self.op("moe_experts"), gate_up, down, first, self._all_reduce if self.world_size > 1 else None
+        )
+        gate_up.physical_of = down.physical_of = bound.physical_of
+        self._experts[name] = bound
+        return bound
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """A table divided over the vocabulary."""
@@ -165,6 +186,8 @@ class CoreParts:
                 num_users[linear.weight.name] == 0
             ):  # a tied table is read by the embedding, which has its own hold on it
                 linear.weight.tensor = None
+        for experts in self._experts.values():
+            experts.prepare()
         for parameter in self.parameters.values():
             parameter.tensor = None
 
@@ -173,14 +196,18 @@ class CoreParts:
         for (_, layer), attention in self._attentions.items():
             attention.segments = KVSegments(own=cache.layers[layer])
 
-    def _new_parameter(self, name: str, shape: Sequence[int], axis: Axis) -> Parameter:
+    def expert_counts(self) -> dict[str, torch.Tensor]:
+        """Per layer of experts, by the name it was built under: tokens that each expert held here has got, [E] int64 on the host."""
+        return {name: experts.counts.cpu() for name, experts in self._experts.items()}
+
+    def _new_parameter(self, name: str, shape: Sequence[int], axis: Axis, *, is_float32: bool = False) -> Parameter:
         if name in self.parameters:
             raise IntegrityError(f"the model asks twice for the parameter {name!r}")
         parameter = Parameter(name, tuple(shape), axis, None)
         local = list(shape)
         if (dim := parameter.divided_dim) is not None:
             local[dim] = self.share(local[dim])
-        parameter.tensor = self.device.allocate(local, self.dtype)
+        parameter.tensor = self.device.allocate(local, torch.float32 if is_float32 else self.dtype)
         self.parameters[name] = parameter
         return parameter
 
@@ -228,6 +255,37 @@ class _BoundLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._after(self._op(x, self._prepared))
+
+
+class _BoundExperts:
+    """The experts of one layer with their laid out weights. first: the place of the first one held here."""
+
+    def __init__(
+        self, op: Callable[..., Any], gate_up: Parameter, down: Parameter, first: int,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:  # fmt: skip
+        assert gate_up.tensor is not None
+        self._op: MoeExpertsOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
+        self._weights, self._first, self._all_reduce = (gate_up, down), first, all_reduce
+        self._prepared: Any = None
+        here = gate_up.tensor.device
+        self.counts = torch.zeros(len(gate_up.tensor), dtype=torch.int64, device=here)
+        self.physical_of = torch.arange(gate_up.shape[0], device=here)
+
+    def prepare(self) -> None:
+        gate_up, down = (weight.tensor for weight in self._weights)
+        assert gate_up is not None and down is not None
+        self._prepared = self._op.prepare(gate_up, down)
+        for weight in self._weights:
+            weight.tensor = None
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        places = self.physical_of[ids]
+        if self._all_reduce is None:
+            return self._op(x, places, weights, self.counts, self._prepared)
+        places = places - self._first
+        is_here = (places >= 0) & (places < len(self.counts))
+        return self._all_reduce(self._op(x, torch.where(is_here, places, -1), weights, self.counts, self._prepared))
 
 
 class _BoundAttention:

@@ -17,7 +17,7 @@ from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKe
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec
 from xllm_core.plugins.contracts.model import ForwardContext, ModelFamily
-from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.ops import REFERENCE_OPS
 from xllm_core.plugins.contracts.weights import Checkpoint
 from xllm_core.reference import ops as reference_ops
 from xllm_core.reference.attention import ReferenceAttention
@@ -30,9 +30,8 @@ WORLD = 2
 
 
 def built_ops(device: DeviceBackend) -> dict[str, Any]:
-    """Every core op of the reference."""
-    names = {name: "".join(word.capitalize() for word in name.split("_")) for name in CORE_OPS}
-    return {name: getattr(reference_ops, attribute)(device) for name, attribute in names.items()}
+    """Every op of the reference, those too that only some models ask for."""
+    return {name: getattr(reference_ops, target.partition(":")[2])(device) for name, target in REFERENCE_OPS.items()}
 
 
 @dataclass(frozen=True, slots=True)

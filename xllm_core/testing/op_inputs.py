@@ -72,6 +72,24 @@ def _linear(draw: Draw, tokens: int) -> Iterable[Call]:
         yield Call((draw(tokens, in_features),), prepared=(weight, bias))
 
 
+def _linear_float32(draw: Draw, tokens: int) -> Iterable[Call]:
+    for in_features, out_features in ((64, 16), (33, 7)):
+        yield Call((draw(tokens, in_features),), prepared=(draw(out_features, in_features).float(), None))
+
+
+def _moe_experts(draw: Draw, tokens: int) -> Iterable[Call]:
+    """Random choices with some elsewhere, one expert for all, every expert for all, none here."""
+    num_experts, hidden, inner = 5, 24, 20  # rows that are no whole vectors
+    every = torch.arange(num_experts).repeat(tokens, 1)
+    some = torch.stack([draw.order(num_experts)[:3] for _ in range(tokens)])
+    some[1::3, 1] = -1
+    for ids in (some, torch.full((tokens, 1), 3), every, torch.full((tokens, 2), -1)):
+        prepared = (draw(num_experts, 2 * inner, hidden, spread=0.2), draw(num_experts, hidden, inner, spread=0.2))
+        weights = torch.rand(ids.shape, generator=draw.generator)
+        counts = draw.ids(num_experts, 9)
+        yield Call((draw(tokens, hidden), ids, weights, counts), prepared=prepared, changed=3, by_row=(0, 1, 2))
+
+
 def _embedding(draw: Draw, tokens: int) -> Iterable[Call]:
     yield Call((draw.ids(tokens, 50), draw(50, 24)))
 
@@ -156,6 +174,8 @@ OPS: Mapping[str, OpInputs] = {
     "silu_mul": OpInputs(_silu_mul, roundings=3),
     "kv_write": OpInputs(_kv_write, roundings=0, caches=(1,)),
     "block_copy": OpInputs(_block_copy, roundings=0, caches=(0,)),
+    "linear_float32": OpInputs(_linear_float32),
+    "moe_experts": OpInputs(_moe_experts, roundings=6),
     "linear_silu_mul": OpInputs(_linear_silu_mul, roundings=5),
     "rope_kv_write": OpInputs(_rope_kv_write, roundings=3, caches=(5,)),
 }

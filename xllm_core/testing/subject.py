@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from xllm_core.config import Settings
 from xllm_core.config_secrets import reveal
 from xllm_core.config_sources import guess
-from xllm_core.errors import PluginError
-from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.errors import PluginError, ResolutionError
+from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS
 from xllm_core.plugins.manager import Offer, PluginManager, PluginRecord
 from xllm_core.plugins.plan import Choice, describe
 from xllm_core.plugins.probes import Probes
@@ -116,6 +117,14 @@ class Subject:
         resolver = Resolver(self.settings, self.manager)
         return {name: resolver.op(name, device.facts(), dtype) for name in CORE_OPS}
 
+    def choose_model_ops(self, device: DeviceBackend, dtype: str) -> dict[str, Choice]:
+        """Of the ops that only some models ask for those that this device has."""
+        resolver, found = Resolver(self.settings, self.manager), {}
+        for name in MODEL_OPS:
+            with suppress(ResolutionError):
+                found[name] = resolver.op(name, device.facts(), dtype)
+        return found
+
     def choose_attention(self, device: DeviceBackend, geometry: AttentionGeometry) -> Choice:
         """The kernel that assembly would choose. Raises ResolutionError."""
         return Resolver(self.settings, self.manager).attention("full", geometry, device.facts())
@@ -134,7 +143,7 @@ class Subject:
         from xllm_core.testing.model_harness import Machine
         from xllm_core.testing.paged import POISON
 
-        chosen_ops = self.choose_ops(device, dtype)
+        chosen_ops = self.choose_ops(device, dtype) | self.choose_model_ops(device, dtype)
         fusions, _ = Resolver(self.settings, self.manager).fusions(chosen_ops, device.facts(), dtype)
         ops = {name: choice.build(device) for name, choice in (chosen_ops | fusions).items()}
         layout = self.common_geometry(device, dtype).layout

@@ -8,7 +8,7 @@ from typing import Any
 SMALL = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": None, "sliding_window": None,
+    "pad_token_id": None, "sliding_window": None, "n_routed_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
 }  # fmt: skip
 """Fields by transformers' names. Most families read these; what a family lacks it is not given."""
 
@@ -31,7 +31,7 @@ def tiny_config(architecture: str, **overrides: Any) -> Any:
 def write_tiny(config: Any, path: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
     """Write a random model of a transformers configuration to `path` and return it.
 
-    Norm weights and biases are random too: left at one and zero they would hide a missing one.
+    Norm weights and biases are random too, also those kept as buffers: left at one and zero they would hide a missing one.
     """
     import torch
     import transformers
@@ -40,8 +40,8 @@ def write_tiny(config: Any, path: Path, *, seed: int = 0, dtype: str = "float32"
     build: Any = transformers.AutoModelForCausalLM.from_config
     model = build(config).to(getattr(torch, dtype))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            if parameter.dim() == 1 and parameter.is_floating_point():
                 parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
     model.save_pretrained(path)
     return path

@@ -24,6 +24,12 @@ XLLM_API int xllm_pack_bias(const float* bias, int64_t n, int fuses, float* out)
 XLLM_API int xllm_linear(
     const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses);
 
+// Gated experts. x, out: [tokens][hidden]; ids, weights: [tokens][top_k], id -1 is skipped; gate_up, down: the packed weights of one expert after
+// the other, gate_up packed with `fuses`; counts: [num_experts], added to.
+XLLM_API int xllm_experts(
+    const void* x, const int64_t* ids, const float* weights, int64_t* counts, const void* gate_up, const void* down, void* out, int64_t tokens,
+    int64_t top_k, int64_t num_experts, int64_t hidden, int64_t inner, int is_bf16);
+
 // Rows. x: [rows][size] with row stride ldx; out is contiguous.
 XLLM_API int xllm_rms_norm(const void* x, int64_t ldx, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16);
 XLLM_API int xllm_add_rms_norm(

@@ -51,8 +51,9 @@ def test_splits_change_nothing_but_roundings() -> None:
     """One split, several in narrow tiles, several in wide ones. Killed by: a merge without weights, a split left out or counted twice."""
     batch = make_batch(geometry(), [(1, 5 * 16), (1, 16), (1, 17), (11, 19 * WIDE_SPLITS)])
     whole, split = kernel(batch.geometry, 4096), kernel(batch.geometry, 16)
+    # Five queries to a narrow tile and ten to a wide one: 16 and 32 score rows, of three heads each.
     merges = [launch.merges for launch in split.plan(batch.layout()).launches]
-    assert [None if m is None else m[:, 3].tolist() for m in merges] == [[5, 2], [2, 2, 2]]
+    assert [None if m is None else m[:, 3].tolist() for m in merges] == [[5, 2], [2, 2]]
     assert all(launch.merges is None for launch in whole.plan(batch.layout()).launches)
     assert worst(attend(whole, DEVICE, batch), batch) < 1e-5
     assert worst(attend(split, DEVICE, batch), batch) < 1e-5
@@ -68,7 +69,7 @@ def test_a_window_skips_splits() -> None:
     """Keys before the window are neither read nor planned: their blocks are holes. Killed by: splits counted from the first key."""
     batch = make_batch(geometry(sliding_window=8), [(1, 90), (3, 64)])
     (launch,) = kernel(batch.geometry).plan(batch.layout()).launches
-    assert launch.tiles[:, 4].tolist() == [5, 3, 3] or len(launch.tiles) <= 4
+    assert launch.tiles[:, 4].tolist() == [5, 3] and launch.tiles[:, 5].tolist() == [82, 54]  # split and first visible key of each tile
     assert worst(attend(kernel(batch.geometry), DEVICE, batch), batch) < 1e-5
 
 

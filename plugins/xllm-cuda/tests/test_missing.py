@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-RUN = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_core.cli import main; main()"
+RUN = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_core.cli import main; sys.exit(main())"
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="this machine has a GPU: run `python -m benchmarks.cuda` instead"
@@ -58,7 +58,7 @@ def test_nothing_heavy_before_the_device_is_chosen(without_shim: list[str]) -> N
     """Loading all plugins and asking for a kernel of the CPU imports no triton, and torch.cuda is not started. Killed by: a target at the top."""
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_core.cli import main\n"
-        "try: main()\n"
+        "try: sys.exit(main())\n"
         "finally: print('heavy', sorted({'triton', 'xllm_cuda.ops', 'xllm_cuda.device'} & set(sys.modules)))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

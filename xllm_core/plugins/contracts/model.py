@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from xllm_core.plugins.contracts.kv import KVGroupSpec
+from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.contracts.weights import Axis, WeightMap
 
 if TYPE_CHECKING:
@@ -83,14 +84,31 @@ class Parts(Protocol):
     def op(self, name: str, *, unfused: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """A bound op (`contracts.ops`). Called at construction only. unfused: what to take where no such fusion was chosen."""
 
-    def parameter(self, name: str, shape: Sequence[int], axis: Axis = "replicated") -> torch.Tensor:
-        """A named parameter the loader fills (norm weights, small tables). `shape` is full; the tensor is this rank's share."""
+    def parameter(
+        self, name: str, shape: Sequence[int], axis: Axis = "replicated", *, is_float32: bool = False
+    ) -> torch.Tensor:
+        """A named parameter the loader fills (norm weights, small tables). `shape` is full; the tensor is this rank's share.
+
+        is_float32: it stays so whatever the model's dtype.
+        """
 
     def linear(self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False) -> Linear:
         """A linear map with parameters `name.weight` [out, in] and, if asked, `name.bias` [out]. axis "column" divides out, "row" divides in."""
 
     def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Linear:
         """silu(gate(x)) * up(x), column-parallel: parameter `name.weight` holds gate above up, [2 * inner, in]. Returns [T, inner's share]."""
+
+    def router(self, name: str, hidden: int, num_experts: int) -> Linear:
+        """[T, hidden] -> scores [T, num_experts] float32, on every rank (op `linear_float32`).
+
+        `name.weight` [num_experts, hidden] stays float32 whatever the model's dtype.
+        """
+
+    def experts(self, name: str, num_experts: int, hidden: int, inner: int) -> Experts:
+        """Gated experts, divided over ranks (op `moe_experts`): parameters `name.gate_up` [E, 2 * inner, hidden] and `name.down` [E, hidden, inner].
+
+        Both have axis "expert"; the weight map fills them expert by expert (`WeightEntry.expert`).
+        """
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """A table `name.weight`, divided over the vocabulary, summed over ranks."""
@@ -111,6 +129,20 @@ class Parts(Protocol):
         soft_cap: float | None = None,
     ) -> Attention:
         """The attention of one layer in one KV group."""
+
+
+class Experts(Protocol):
+    """The routed experts of one layer, as many as this rank holds.
+
+    counts: [experts held here] int64 on the device, tokens that each has got since the start; read it between steps, never write it.
+    physical_of: [num_experts] int64, the place of each expert among those of all ranks; the identity until experts are moved.
+    """
+
+    counts: torch.Tensor
+    physical_of: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x: [T, hidden]; ids: [T, K] int64, experts as the router numbers them; weights: [T, K] float32. Returns [T, hidden], summed over ranks."""
 
 
 class Layer(Protocol):
@@ -149,3 +181,16 @@ class ModelFamily(Protocol):
 
     def build(self, config: Mapping[str, Any], parts: Parts) -> Model:
         """Build the model; every parameter is asked of `parts`, and filled before the first forward."""
+
+
+@runtime_checkable
+class AsksForOps(Protocol):
+    """A `ModelFamily` whose models need ops beyond `CORE_OPS`. Assembly chooses them too, or says why no device part serves."""
+
+    def ops(self, config: Mapping[str, Any]) -> Sequence[str]:
+        """Names of `contracts.ops.MODEL_OPS`, or ops that the family's own plugin brings, that `build` will ask `Parts` for. Without torch."""
+
+
+def ops_of(family: ModelFamily, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every op that a plan for this family and configuration holds, fusions aside."""
+    return (*CORE_OPS, *(family.ops(config) if isinstance(family, AsksForOps) else ()))

@@ -13,6 +13,13 @@ An op never keeps a tensor it was given beyond the call and, unless it says so, 
 | `kv_write` | `(new: tuple of [T, ...], caches: tuple of [B, S, ...], slots [T] int64) -> None` | stores in place; slot -1 is skipped |
 | `block_copy` | `(caches: tuple of [B, S, ...], src [N] int64, dst [N] int64) -> None` | copies whole blocks in place |
 
+Ops that only some models need. A device may do without; a model that asks for one (`contracts.model.AsksForOps`) is then refused there.
+
+| op | call | meaning |
+|---|---|---|
+| `linear_float32` | `LinearOp` with a float32 weight, returns [T, out] float32 | x is widened first: scores that a hard choice hangs on |
+| `moe_experts` | `MoeExpertsOp` | each token through the experts it was sent to, summed by weight |
+
 Fusions stand for several ops in a row. A device may do without: `Parts` then calls the ops one after the other.
 
 | fusion | call | stands for |
@@ -34,6 +41,9 @@ if TYPE_CHECKING:
 CORE_OPS = ("linear", "embedding", "rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "block_copy")
 """Every device brings these."""
 
+MODEL_OPS = ("linear_float32", "moe_experts")
+"""What the models that need it ask for beyond `CORE_OPS`."""
+
 CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
     "linear_silu_mul": ("linear", "silu_mul"),
     "rope_kv_write": ("rope", "kv_write"),
@@ -41,7 +51,8 @@ CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
 """What the core's models can have fused, and what each fusion replaces."""
 
 REFERENCE_OPS = {
-    op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}" for op in CORE_OPS
+    op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
+    for op in (*CORE_OPS, *MODEL_OPS)
 }
 """Targets of the definitions. They compute with torch on whatever device their tensors are: a new device offers them until it has its own."""
 
@@ -60,3 +71,21 @@ class LinearOp(Protocol):
 
     def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x: [T, in], model dtype, contiguous. Returns [T, out]."""
+
+
+class MoeExpertsOp(Protocol):
+    """Gated MLPs by choice: sum over k of weights[t, k] * down(silu(gate(x[t])) * up(x[t])) of expert ids[t, k].
+
+    E experts held here, each with H inputs and I inner elements. Tokens are grouped by expert; no host sync, and no loop over experts in Python.
+    """
+
+    def prepare(self, gate_up: torch.Tensor, down: torch.Tensor) -> Any:
+        """Lay out gate_up [E, 2I, H], gate above up, and down [E, H, I] at load time. As `LinearOp.prepare` it may keep or drop them."""
+
+    def __call__(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, prepared: Any
+    ) -> torch.Tensor:
+        """x: [T, H], model dtype. ids: [T, K] int64, below E; -1 is an expert that is not here and adds nothing. weights: [T, K] float32.
+
+        counts: [E] int64, to which the tokens that each expert got are added in place. Returns [T, H], summed in float32, rounded once.
+        """

@@ -86,6 +86,10 @@ class WeightEntry:
 
     name: in the checkpoint. param: of the model (`parameters()` of the contract). shape: full, unsliced.
     axis: how it divides over ranks. rows: (first, count) of the parameter's rows this tensor fills, unsliced; None for all of them.
+    stacked: the tensor is so many maps of equal height, one above the other (gate and up); each is shared out over ranks by itself.
+    row_order: the parameter's rows are the tensor's in this order, in groups of so many: (0, 2, 1, 3) for heads of four whose rotary pairs
+        (0, 1), (2, 3) become the half-split pairs that the op `rope` turns.
+    expert: which of the experts stacked in the parameter this tensor belongs to; shape and rows are then those of one expert.
     is_optional: may be absent (then `fallback` names the entry that stands in, e.g. tied embeddings).
     """
 
@@ -94,6 +98,9 @@ class WeightEntry:
     shape: tuple[int, ...]
     axis: Axis
     rows: tuple[int, int] | None = None
+    stacked: int = 1
+    row_order: tuple[int, ...] | None = None
+    expert: int | None = None
     is_optional: bool = False
     fallback: str | None = None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from xllm_core.plugins import (
     CORE_FUSIONS,
     CORE_OPS,
+    MODEL_OPS,
     AttentionSpec,
     DeviceSpec,
     OpSpec,
@@ -32,8 +33,8 @@ def xllm_devices(ctx: PluginContext) -> Iterable[DeviceSpec]:
 
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
-    """Every op of the core, and its fusions."""
-    for op in (*CORE_OPS, *CORE_FUSIONS):
+    """Every op of the core, those that only some models need, and the fusions."""
+    for op in (*CORE_OPS, *MODEL_OPS, *CORE_FUSIONS):
         attribute = "".join(part.capitalize() for part in op.split("_"))
         yield OpSpec(
             name=op, op=op, target=f"xllm_cpu.ops:{attribute}", rank=50, devices=_CPU, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ())

@@ -1,0 +1,78 @@
+// One product over packed weights, as linear maps and experts need it: rows of x times panels, bias, activation, rounding.
+#pragma once
+
+#include "gemm.h"
+#include "pool.h"
+
+namespace xllm {
+
+constexpr int64_t BLOCK_ROWS = 16 * MAX_MR;  // rows of x that pass over one panel before the next: they stay in the second-level cache
+
+// The weight's row of column `lane` of panel `panel`. With `fuses` gate and up alternate by vectors: lanes 0 .. W-1 are gates, W .. NR-1 the ups.
+inline int64_t source_row(int64_t panel, int lane, int64_t n, bool fuses) {
+  if (!fuses) return panel * NR + lane < n ? panel * NR + lane : -1;
+  const int64_t inner = n / 2, at = panel * W + lane % W;
+  return at < inner ? (lane < W ? at : inner + at) : -1;
+}
+
+inline int64_t num_panels(int64_t n, bool fuses) { return fuses ? round_up(n / 2, W) / W : round_up(n, NR) / NR; }
+
+inline F silu(F x) { return div(x, add(set1(1.0f), vexp(sub(zero(), x)))); }
+
+template <class E> struct Call {
+  const typename E::T* x;
+  const typename E::T* packed;
+  const float* bias;  // in the order of packed lanes, padded; null for none
+  typename E::T* out;
+  int64_t m, n, k, ldx, ldo;
+  bool fuses;
+
+  template <int MR> void tile(int64_t row, int64_t panel) const {
+    F c[MR][2];
+    for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
+    multiply<E, MR>(x + row * ldx, ldx, packed + panel * panel_size<E>(k), steps_of<E>(k), c);
+    if (bias != nullptr) {
+      const F b0 = load(bias + panel * NR), b1 = load(bias + panel * NR + W);
+      for (int i = 0; i < MR; i++) c[i][0] = add(c[i][0], b0), c[i][1] = add(c[i][1], b1);
+    }
+    for (int i = 0; i < MR; i++) {
+      typename E::T* to = out + (row + i) * ldo;
+      if (fuses) {
+        store_part<E>(to + panel * W, mul(silu(c[i][0]), c[i][1]), n / 2 - panel * W);
+      } else {
+        const int64_t left = n - panel * NR;
+        store_part<E>(to + panel * NR, c[i][0], left);
+        if (left > W) store_part<E>(to + panel * NR + W, c[i][1], left - W);
+      }
+    }
+  }
+
+  void rows(int64_t first, int64_t last, int64_t panel) const {
+    const int64_t count = last - first, tiles = (count + MAX_MR - 1) / MAX_MR;
+    for (int64_t t = 0; t < tiles; t++) {  // tiles of nearly equal height
+      const int64_t begin = first + count * t / tiles, end = first + count * (t + 1) / tiles;
+      with_rows(static_cast<int>(end - begin), [&]<int MR>() { tile<MR>(begin, panel); });
+    }
+  }
+
+  // Every row over some panels.
+  void panels(int64_t begin, int64_t end) const {
+    for (int64_t first = 0; first < m; first += BLOCK_ROWS)
+      for (int64_t panel = begin; panel < end; panel++) rows(first, first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m, panel);
+  }
+
+  void run() const {
+    if (m == 0) return;
+    const int64_t count = num_panels(n, fuses), blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t wanted = 8 * num_threads();
+    const int64_t grain = blocks >= wanted ? count : (count * blocks + wanted - 1) / wanted;
+    const int64_t groups = (count + grain - 1) / grain;
+    parallel_for(blocks * groups, [&](int64_t piece) {
+      const int64_t block = piece / groups, group = piece % groups;
+      const int64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m;
+      for (int64_t panel = group * grain; panel < count && panel < (group + 1) * grain; panel++) rows(first, last, panel);
+    });
+  }
+};
+
+}  // namespace xllm
