@@ -21,7 +21,6 @@ def xllm_devices() -> Iterable[DeviceSpec]:
         target="xllm_ascend.device:NpuDevice",
         rank=50,
         probe="xllm_ascend.probe:probe",
-        requires=_TORCH_NPU,
         is_accelerator=True,
         summary="an Ascend NPU of the Atlas A2 or A3 series",
     )

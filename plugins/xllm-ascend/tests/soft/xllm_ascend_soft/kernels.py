@@ -6,6 +6,7 @@ then the outputs are filled with what CANN documents of the operator. What CANN 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ def npu_fused_infer_attention_score(
     """Layout TND over a paged cache [block, slot, heads * elements], causal from the lower right corner (sparse mode 3)."""
     if (input_layout, sparse_mode) != ("TND", 3) or key.shape[1:] != (block_size, num_key_value_heads * query.shape[-1]):
         raise RuntimeError(f"npu_fused_infer_attention_score: {input_layout}, sparse mode {sparse_mode}, cache {tuple(key.shape)}")
-    if block_size % 16 or block_size > 512 or atten_mask.shape != (2048, 2048) or not torch.equal(atten_mask.bool(), _causal()):
+    if block_size % 16 or block_size > 512 or not _is_causal(atten_mask):
         raise RuntimeError(f"npu_fused_infer_attention_score: blocks of {block_size}, mask {tuple(atten_mask.shape)}")
     if actual_seq_lengths[-1] != len(query) or block_table.shape[0] != len(actual_seq_lengths_kv) or block_table.dtype != torch.int32:
         raise RuntimeError(f"npu_fused_infer_attention_score: rows end at {actual_seq_lengths} of {len(query)}, table {block_table.shape}")
@@ -123,5 +124,13 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
-def _causal() -> torch.Tensor:
-    return torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+def _is_causal(mask: torch.Tensor) -> bool:
+    """Four million elements are looked at once in a while, the corners always."""
+    if mask.shape != (2048, 2048) or mask[0, 1] == 0 or mask[-1, 0] or mask[-1, -1]:
+        return False
+    if next(_calls) % 64:
+        return True
+    return torch.equal(mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+
+
+_calls = itertools.count()

@@ -1,6 +1,6 @@
 /* The runtime of Ascend devices (libascendcl) as far as torch_npu asks for it, on host memory: what one call does is done when it returns.
  *
- * Two devices of 4 GiB. Fresh memory is filled with ones, which are NaN in every float: what no kernel wrote shows itself.
+ * Two devices of 1 GiB. Fresh memory is filled with ones, which are NaN in every float: what no kernel wrote shows itself.
  * Written for these tests from the names, and the arguments, that torch_npu calls; nothing of CANN is in here.
  */
 #include <stdint.h>
@@ -9,7 +9,7 @@
 #include <time.h>
 
 enum { NUM_DEVICES = 2, OK = 0, BAD_ARGUMENT = 107000, BAD_DEVICE = 107001, NO_MEMORY = 207001 };
-static const size_t TOTAL_BYTES = (size_t)4 << 30;
+static const size_t TOTAL_BYTES = (size_t)1 << 30;
 static const size_t ALIGNMENT = 512;
 
 static __thread int32_t current;
