@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xllm_core.plugins import AttentionSpec, DeviceSpec, OpSpec, PluginInfo, hookimpl
+from xllm_core.plugins import AttentionSpec, CommandSpec, DeviceSpec, OpSpec, PluginInfo, hookimpl
 
 xllm_plugin = PluginInfo(id="ascend", xllm_api=">=0.1")
 
@@ -47,3 +47,13 @@ def xllm_attention() -> Iterable[AttentionSpec]:
         check="xllm_ascend.limits:check_attention", devices=_NPU, dtypes=_DTYPES, block_sizes=frozenset({128}),
         summary="npu_fused_infer_attention_score: ragged rows over a paged cache",
     )  # fmt: skip
+
+
+@hookimpl
+def xllm_cli() -> Iterable[CommandSpec]:
+    """`xllm ascend bringup`."""
+    yield CommandSpec(
+        name="bringup",
+        target="xllm_ascend.bringup:command",
+        summary="Prove this plugin on a real NPU: conformance, verify, throughput.",
+    )
