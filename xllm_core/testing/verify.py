@@ -107,10 +107,7 @@ class NotApplicableError(XllmError):
 
 
 class Verifier:
-    """Runs the matrix of one model and dtype. settings: flat settings under which everything runs (device, use, ...).
-
-    scale: what is run. `begin` fits it to the device: see `_fitted`.
-    """
+    """Runs the matrix of one model and dtype. scale: `begin` fits it to the device. settings: flat ones, of all runs (device, use, ...)."""
 
     def __init__(self, model: str, *, dtype: str = "float32", scale: Scale = FULL, **settings: Any) -> None:
         self._model = model

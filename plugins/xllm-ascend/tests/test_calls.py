@@ -59,7 +59,9 @@ def swiglu(device: NpuDevice, make: Make) -> Any:
 
 def write(device: NpuDevice, make: Make) -> Any:
     """As `norm`."""
-    return KvWrite(device)((make(7, 2, 64),) * 2, (make(3, 128, 2, 64), make(3, 128, 2, 64)), make(7, dtype=torch.int64))
+    return KvWrite(device)(
+        (make(7, 2, 64),) * 2, (make(3, 128, 2, 64), make(3, 128, 2, 64)), make(7, dtype=torch.int64)
+    )
 
 
 def product(device: NpuDevice, make: Make) -> Any:
@@ -147,7 +149,11 @@ def test_nothing_of_torch_npu_is_called_unseen() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch_npu":
                 called.add(node.attr)
     called.discard("__version__")
-    known = {schema.name.removeprefix("npu::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("npu::")}
+    known = {
+        schema.name.removeprefix("npu::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("npu::")
+    }
     assert called <= known
     assert called == {
         "npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_scatter_pa_kv_cache", "npu_fused_infer_attention_score",
@@ -162,8 +168,10 @@ def test_torch_npu_refuses_what_it_does_not_know() -> None:
         torch_npu.npu_fused_infer_attention_score(query, cache, cache, input_layout="TND", num_kv_heads=2)
     with pytest.raises(RuntimeError, match="layout only support BSH, BSND, TND"):
         torch_npu.npu_fused_infer_attention_score(query, cache, cache, input_layout="TDN", **wanted)
-    with pytest.raises(RuntimeError, match="(?i)layout"):
-        torch_npu.npu_fused_infer_attention_score(*(tensor.to("meta") for tensor in (query, cache, cache)), input_layout="TDN", **wanted)
+    with pytest.raises(RuntimeError, match="Layout TDN is not supported"):
+        torch_npu.npu_fused_infer_attention_score(
+            *(tensor.to("meta") for tensor in (query, cache, cache)), input_layout="TDN", **wanted
+        )
 
 
 def test_what_the_operator_cannot_do_is_refused_before() -> None:
@@ -177,6 +185,9 @@ def test_what_the_operator_cannot_do_is_refused_before() -> None:
     def reason(**changes: Any) -> str | None:
         return check_attention(AttentionQuery(device_kind="npu", geometry=replace(GEOMETRY, **changes)))
 
-    assert reason() is None
-    assert "head_size 40" in str(reason(head_size=40)) and "head_size 576" in str(reason(head_size=576))
-    assert "128 heads" in str(reason(num_heads=128, num_kv_heads=1))
+    assert reason() is None and reason(head_size=256) is None
+    assert "head_size 40" in str(reason(head_size=40)) and "head_size 512" in str(reason(head_size=512))
+    assert "head_size 80" in str(reason(num_kv_heads=4, head_size=80)) and reason(num_kv_heads=4, head_size=128) is None
+    assert "128 heads share" in str(reason(num_heads=128, num_kv_heads=1))
+    assert "512 heads" in str(reason(num_heads=512, num_kv_heads=8))
+    assert "65536" in str(reason(num_heads=256, num_kv_heads=256, head_size=256, block_size=128))

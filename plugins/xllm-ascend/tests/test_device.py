@@ -28,7 +28,9 @@ def test_a_full_device_says_how_full() -> None:
     device = NpuDevice(0)
     num_bytes = device.memory().free_bytes * 3 // 5
     held = device.allocate((num_bytes,), torch.int8)
-    with pytest.raises(MemoryError, match=rf"cannot allocate {num_bytes} bytes .* of {device.memory().total_bytes} bytes are free"):
+    with pytest.raises(
+        MemoryError, match=rf"cannot allocate {num_bytes} bytes .* of {device.memory().total_bytes} bytes are free"
+    ):
         device.allocate((num_bytes,), torch.int8)
     assert len(held) == num_bytes
     del held

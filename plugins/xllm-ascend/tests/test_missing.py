@@ -37,7 +37,13 @@ def test_doctor_names_everything_that_is_missing(without_wheel: list[str]) -> No
     """Wheel, libraries and driver in one line, each with its remedy. Killed by: a probe that stops at the first."""
     done = xllm(without_wheel, "doctor")
     line = line_of(done, "device ascend/npu")
-    for words in ("torch_npu is not installed; pip install 'xllm-ascend[npu]'", "no CANN: libascendcl.so", "set_env.sh", "no NPU driver", "npu-smi"):
+    for words in (
+        "torch_npu is not installed; pip install 'xllm-ascend[npu]'",
+        "no CANN: libascendcl.so",
+        "set_env.sh",
+        "no NPU driver",
+        "npu-smi",
+    ):
         assert words in line, line
     assert done.returncode == 0, done.stdout + done.stderr
 

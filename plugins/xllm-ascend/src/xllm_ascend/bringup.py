@@ -99,7 +99,14 @@ def verify(job: Job) -> dict[str, Any]:
 
 def throughput(job: Job) -> dict[str, Any]:
     """Output tokens per second, all requests at once."""
-    sizes = ["--num-prompts", str(job.num_prompts), "--input-len", str(job.input_len), "--output-len", str(job.output_len)]
+    sizes = [
+        "--num-prompts",
+        str(job.num_prompts),
+        "--input-len",
+        str(job.input_len),
+        "--output-len",
+        str(job.output_len),
+    ]
     done = _xllm("bench", "throughput", job.model, "--dtype", "bfloat16", *_device(job), *sizes, "--json")
     if done.returncode:
         return {"ok": False, "report": None, "words": _last_line(done)}

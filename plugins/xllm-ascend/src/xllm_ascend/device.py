@@ -22,7 +22,11 @@ class NpuDevice:
     def __init__(self, index: int = 0) -> None:
         count = torch.npu.device_count()
         if not 0 <= index < count:
-            known = f"indices here are 0 to {count - 1}" if count else "no NPU is visible here; xllm doctor says what is missing"
+            known = (
+                f"indices here are 0 to {count - 1}"
+                if count
+                else "no NPU is visible here; xllm doctor says what is missing"
+            )
             raise ConfigError(f"[device] index = {index}: {known}")
         self._device = torch.device("npu", index)
         torch.npu.set_device(self._device)

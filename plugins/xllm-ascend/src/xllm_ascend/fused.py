@@ -82,4 +82,6 @@ class KvWrite:
         The operator's own default is the tiled layout of the matrix units ("PA_NZ"); "Norm" is the plain one that attention reads here.
         """
         keys, values = new
-        torch_npu.npu_scatter_pa_kv_cache(keys.contiguous(), values.contiguous(), *caches, slots.int(), cache_mode="Norm")
+        torch_npu.npu_scatter_pa_kv_cache(
+            keys.contiguous(), values.contiguous(), *caches, slots.int(), cache_mode="Norm"
+        )

@@ -29,7 +29,13 @@ def xllm_devices() -> Iterable[DeviceSpec]:
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
     """torch_npu's fused operators, and torch's own where there is nothing to fuse."""
-    fused = {"rms_norm": "RmsNorm", "add_rms_norm": "AddRmsNorm", "rope": "Rope", "silu_mul": "SiluMul", "kv_write": "KvWrite"}
+    fused = {
+        "rms_norm": "RmsNorm",
+        "add_rms_norm": "AddRmsNorm",
+        "rope": "Rope",
+        "silu_mul": "SiluMul",
+        "kv_write": "KvWrite",
+    }
     plain = {"linear": "Linear", "embedding": "Embedding", "block_copy": "BlockCopy"}
     for module, summary, classes in (("fused", "torch_npu's", fused), ("plain", "torch's own on the NPU", plain)):
         for op, name in classes.items():

@@ -8,7 +8,9 @@ import os
 from xllm_ascend_soft.build import OPERATORS, RUNTIME, build
 
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-os.environ["TASK_QUEUE_ENABLE"] = "0"  # torch_npu copies on a thread of its own otherwise, and numbers here are made at once
+os.environ["TASK_QUEUE_ENABLE"] = (
+    "0"  # torch_npu copies on a thread of its own otherwise, and numbers here are made at once
+)
 FOLDER = build()
 # Known to the loader under their names from here on; children find them by the path.
 for _name in (RUNTIME, *sorted(path.name for path in FOLDER.glob("*.so") if path.name != RUNTIME)):

@@ -98,7 +98,13 @@ def _copy(overload: Any) -> Callable[..., Any]:
     def kernel(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """Between host and device torch_npu's own way, where it is a plain copy of bytes; else the device would compute."""
         crosses = target.device.type != source.device.type
-        if crosses and target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous() and target.shape == source.shape:
+        if (
+            crosses
+            and target.dtype == source.dtype
+            and target.is_contiguous()
+            and source.is_contiguous()
+            and target.shape == source.shape
+        ):
             original.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), target, source, non_blocking)
         else:
             mine, its = (host_view(t) if t.device.type == "npu" else t for t in (target, source))

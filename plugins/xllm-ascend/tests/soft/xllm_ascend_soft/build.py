@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 SOURCES = (HERE / "runtime.c", HERE / "recorder.c", HERE / "build.py")
 RUNTIME = "libascendcl.so"
 OPERATORS = "libopapi.so"
-_SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so|ld-linux|libtorch|libc10|libnpu_profiler|libtensorpipe|_\w*\.so")
+_SYSTEM = re.compile(
+    r"lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so|ld-linux|libtorch|libc10|libnpu_profiler|libtensorpipe|_\w*\.so"
+)
 _C_FUNCTION = re.compile(r"^(?:int|size_t|const char) \*?(\w+)\(", re.M)
 
 
@@ -47,14 +49,17 @@ def _make(folder: Path) -> None:
     wheel = _package("torch_npu")
     libraries = sorted(wheel.rglob("*.so"))
     needed = {name for library in libraries for name in _needed(library)}
-    cann = sorted(name for name in needed if not _SYSTEM.match(name) and not any(l.name == name for l in libraries))
+    cann = sorted(name for name in needed - {path.name for path in libraries} if not _SYSTEM.match(name))
     names = missing_symbols(libraries)
     runtime = (HERE / "runtime.c").read_text(encoding="utf-8")
     stubs = sorted(names - set(_C_FUNCTION.findall(runtime)))
     _compile(folder, RUNTIME, [HERE / "runtime.c"], (f"long {name}(void) {{ return 0; }}" for name in stubs))
     kernels = aclnn_names(wheel / "lib" / "libtorch_npu.so")
     lines = ["int soft_launch(const char *);"]
-    lines += [f"int {name}GetWorkspaceSize(void) {{ return 0; }} int {name}(void) {{ return soft_launch(\"{name}\"); }}" for name in kernels]
+    lines += [
+        f'int {name}GetWorkspaceSize(void) {{ return 0; }} int {name}(void) {{ return soft_launch("{name}"); }}'
+        for name in kernels
+    ]
     _compile(folder, OPERATORS, [HERE / "recorder.c"], lines)
     for name in cann:
         if name != RUNTIME:
@@ -86,7 +91,9 @@ def _package(name: str) -> Path:
 
 
 def _symbols(library: Path, which: str) -> list[tuple[str, str]]:
-    lines = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["nm", "-D", which, str(library)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     fields = [line.split() for line in lines]
     if which == "--defined-only":
         return [(field[-2], field[-1].split("@")[0]) for field in fields if len(field) > 1]
@@ -101,7 +108,16 @@ def _needed(library: Path) -> list[str]:
 def _compile(folder: Path, name: str, sources: list[Path], lines: Iterable[str]) -> None:
     generated = folder / f"{name}.c"
     generated.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    command = [os.environ.get("CC", "gcc"), "-w", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name)]
+    command = [
+        os.environ.get("CC", "gcc"),
+        "-w",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        f"-Wl,-soname,{name}",
+        "-o",
+        str(folder / name),
+    ]
     # torch_npu looks functions up in the library where CANN has them: each of the others leads on to the runtime.
     more = [] if name == RUNTIME else [f"-L{folder}", "-Wl,--no-as-needed", f"-l:{RUNTIME}", "-Wl,-rpath,$ORIGIN"]
     subprocess.run([*command, str(generated), *map(str, sources), *more], check=True)

@@ -21,7 +21,14 @@ def install() -> None:
     """Put numbers behind the operators below."""
     library = torch.library.Library("npu", "IMPL")
     _library.append(library)
-    for function in (npu_rms_norm, npu_add_rms_norm, npu_swiglu, npu_rotary_mul, npu_scatter_pa_kv_cache, npu_fused_infer_attention_score):
+    for function in (
+        npu_rms_norm,
+        npu_add_rms_norm,
+        npu_swiglu,
+        npu_rotary_mul,
+        npu_scatter_pa_kv_cache,
+        npu_fused_infer_attention_score,
+    ):
         _register(library, function)
 
 
@@ -31,7 +38,9 @@ def _register(library: torch.library.Library, numbers: Callable[..., tuple[torch
     host_code = torch.library.get_kernel(overload, "PrivateUse1")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
     names = [argument.name for argument in overload._schema.arguments]
-    defaults = {argument.name: argument.default_value for argument in overload._schema.arguments if argument.has_default_value()}
+    defaults = {
+        argument.name: argument.default_value for argument in overload._schema.arguments if argument.has_default_value()
+    }
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         answer = host_code.call_boxed(keys, *args, **kwargs)
@@ -39,7 +48,9 @@ def _register(library: torch.library.Library, numbers: Callable[..., tuple[torch
         lowered = {key: _lowered(key, value, name) for key, value in values.items()}
         outputs = numbers(**lowered) or ()
         for output, want in zip(answer if isinstance(answer, tuple) else (answer,), outputs, strict=False):
-            assert (output.shape, output.dtype) == (want.shape, want.dtype), f"{name}: {output.shape} {output.dtype}, {want.shape} {want.dtype}"
+            assert (output.shape, output.dtype) == (want.shape, want.dtype), (
+                f"{name}: {output.shape} {output.dtype}, {want.shape} {want.dtype}"
+            )
             host_view(output).copy_(want)
         return answer
 
@@ -61,7 +72,9 @@ def npu_rms_norm(input: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tu
     return (wide * scale * gamma.float()).to(input.dtype), scale
 
 
-def npu_add_rms_norm(x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, ...]:
+def npu_add_rms_norm(
+    x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, ...]:
     """Normed, scale, sum."""
     total = x1 + x2
     return (*npu_rms_norm(total, gamma, epsilon), total)
@@ -73,7 +86,9 @@ def npu_swiglu(input: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
     return ((torch.nn.functional.silu(gate) * up).to(input.dtype),)
 
 
-def npu_rotary_mul(input: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str, rotate: Any) -> tuple[torch.Tensor, ...]:
+def npu_rotary_mul(
+    input: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str, rotate: Any
+) -> tuple[torch.Tensor, ...]:
     """Half-split pairs."""
     if input.dim() != 4 or rotary_mode != "half" or rotate is not None:
         raise RuntimeError(f"npu_rotary_mul: {input.dim()} dimensions, mode {rotary_mode}")
@@ -100,17 +115,30 @@ def npu_fused_infer_attention_score(
     sparse_mode: int, block_size: int, **others: Any,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Layout TND over a paged cache [block, slot, heads * elements], causal from the lower right corner (sparse mode 3)."""
-    if (input_layout, sparse_mode) != ("TND", 3) or key.shape[1:] != (block_size, num_key_value_heads * query.shape[-1]):
-        raise RuntimeError(f"npu_fused_infer_attention_score: {input_layout}, sparse mode {sparse_mode}, cache {tuple(key.shape)}")
-    if block_size % 16 or block_size > 512 or not _is_causal(atten_mask):
+    if (input_layout, sparse_mode) != ("TND", 3) or key.shape[1:] != (
+        block_size,
+        num_key_value_heads * query.shape[-1],
+    ):
+        raise RuntimeError(
+            f"npu_fused_infer_attention_score: {input_layout}, sparse mode {sparse_mode}, cache {tuple(key.shape)}"
+        )
+    if block_size % 16 or block_size > 128 or not _is_causal(atten_mask):
         raise RuntimeError(f"npu_fused_infer_attention_score: blocks of {block_size}, mask {tuple(atten_mask.shape)}")
-    if actual_seq_lengths[-1] != len(query) or block_table.shape[0] != len(actual_seq_lengths_kv) or block_table.dtype != torch.int32:
-        raise RuntimeError(f"npu_fused_infer_attention_score: rows end at {actual_seq_lengths} of {len(query)}, table {block_table.shape}")
+    if (
+        actual_seq_lengths[-1] != len(query)
+        or block_table.shape[0] != len(actual_seq_lengths_kv)
+        or block_table.dtype != torch.int32
+    ):
+        raise RuntimeError(
+            f"npu_fused_infer_attention_score: rows end at {actual_seq_lengths} of {len(query)}, table {block_table.shape}"
+        )
     out = torch.empty_like(query)
     start = 0
     for row, (end, length) in enumerate(zip(actual_seq_lengths, actual_seq_lengths_kv, strict=True)):
         blocks = block_table[row, : -(-length // block_size)].long()
-        k, v = (cache[blocks].reshape(-1, num_key_value_heads, query.shape[-1])[:length].float() for cache in (key, value))
+        k, v = (
+            cache[blocks].reshape(-1, num_key_value_heads, query.shape[-1])[:length].float() for cache in (key, value)
+        )
         out[start:end] = _attend(query[start:end].float(), k, v, scale).to(query.dtype)
         start = end
     return (out,)
