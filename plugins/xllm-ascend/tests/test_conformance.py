@@ -25,7 +25,7 @@ def check(report: ConformanceReport, parts: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 def test_conformance() -> None:
-    """All ops, attention over the whole grid, and the device but for what test_engine runs. Killed by: any call of ours that computes something else."""
+    """All ops, attention over the whole grid, the device but for what test_engine runs. Killed by: a call of ours that asks for something else."""
     some = "test_static or test_op or test_attention or (test_device and not features and not tokens)"
     check(check_plugin("ascend", require_device=True, arguments=(*SOFT, "-k", some)), PARTS)
 
