@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from xllm_ascend_soft.libraries import launched
-from xllm_ascend_soft import aten, kernels  # isort: skip  torch_npu comes first
+
+# isort: split  the libraries come before anything that imports torch
+from xllm_ascend_soft import aten, kernels
 
 NUM_OPERATORS = aten.install()
 kernels.install()
