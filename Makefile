@@ -31,6 +31,8 @@ SUITE_RUN := $$(if [ -f $$suite/environment.txt ]; then echo $(VENV)s/$$(basenam
 # The question reaches the program through the environment, as it was typed: quotes and dollar signs in it are only text.
 override PROMPT := $(value PROMPT)
 export PROMPT
+# Threads of torch that wait in a loop for a core that another process has cost a hundred times the work itself.
+export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint suite nightly bench wheels docs clean

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
     """16 prompts of 1 to 600 tokens, 64 new, greedy and seeded: every row identical and active."""
-    report = Verifier(model, dtype=dtype, scale=FULL, memory_bytes=1 << 26).run()
+    report = Verifier(model, dtype=dtype, scale=FULL, memory_bytes=1 << 26, device="core/reference").run()
     assert [row.feature for row in report.rows] == list(ROWS)
     assert report.has_passed, [
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
@@ -53,7 +53,9 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
 def test_large_blocks_are_outgrown_too(model: str, block_size: int) -> None:
     """Where an answer fits into the block that its prompt has begun, preemption needs prompts that nearly fill one. Dies without them."""
     rows = ("preemption", "overlap, preemption")
-    report = Verifier(model, scale=SMALL, memory_bytes=1 << 26, block_size=block_size).run(only=rows)
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 26, block_size=block_size, device="core/reference").run(
+        only=rows
+    )
     assert [row.activity > 0 for row in report.rows] == [True, True] and report.has_passed
 
 
@@ -244,9 +246,9 @@ class _PlainFirst(Verifier):
 @pytest.mark.parametrize("row", list(ROWS))
 def test_a_planted_bug_turns_its_row_red(model: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row has a bug that it alone is there to find; without it the same run is green."""
-    clean = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4).run(only=[row])
+    clean = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference").run(only=[row])
     assert clean.has_passed, clean.rows
-    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25, block_size=4)
+    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference")
     broken.plant = lambda: BUGS[row](monkeypatch)
     report = broken.run(only=[row])
     assert not report.has_passed, f"{BUGS[row].__name__} went unnoticed"
@@ -261,7 +263,9 @@ def test_a_row_without_activity_is_red(model: str, monkeypatch: pytest.MonkeyPat
         return lookup(self, token_ids, **{**options, "use_cache": False})
 
     monkeypatch.setattr(KVManager, "lookup", blind)
-    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4).run(only=["prefix cache"])
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference").run(
+        only=["prefix cache"]
+    )
     assert report.rows[0].is_identical
     assert report.rows[0].activity == 0
     assert not report.has_passed
@@ -270,7 +274,9 @@ def test_a_row_without_activity_is_red(model: str, monkeypatch: pytest.MonkeyPat
 def test_a_model_that_cannot_overlap_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows count for nothing, with the reason. Red if they pass as proven, or fail."""
     monkeypatch.setattr(build, "plans_in_flight", lambda groups, **options: 1)
-    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4).run(only=["overlap, stops"])
+    report = Verifier(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference").run(
+        only=["overlap, stops"]
+    )
     assert report.has_passed
     assert "one after the other" in report.rows[0].not_applicable
     assert report.rows[0].num_compared == report.rows[0].activity == 0

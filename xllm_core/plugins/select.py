@@ -111,7 +111,8 @@ def choose(
     best, others = fitting[0], fitting[1:]
     if base == "model":
         _refuse_equals(kind, best, others, order)
-    reason = f"{_reason(best, others, order, prefer_kind)}{_mark(best)}"
+    is_first = is_lazy and any(reason.startswith("not asked") for _, reason in rejected) and best.name not in order
+    reason = "the first that answers" if is_first else f"{_reason(best, others, order, prefer_kind)}{_mark(best)}"
     return chosen(best, reason, [offer.name for offer in others], rejected)
 
 

@@ -69,7 +69,10 @@ def test_a_window_skips_splits() -> None:
     """Keys before the window are neither read nor planned: their blocks are holes. Killed by: splits counted from the first key."""
     batch = make_batch(geometry(sliding_window=8), [(1, 90), (3, 64)])
     (launch,) = kernel(batch.geometry).plan(batch.layout()).launches
-    assert launch.tiles[:, 4].tolist() == [5, 3] and launch.tiles[:, 5].tolist() == [82, 54]  # split and first visible key of each tile
+    assert launch.tiles[:, 4].tolist() == [5, 3] and launch.tiles[:, 5].tolist() == [
+        82,
+        54,
+    ]  # split and first visible key of each tile
     assert worst(attend(kernel(batch.geometry), DEVICE, batch), batch) < 1e-5
 
 

@@ -12,8 +12,8 @@ from xllm_core.testing import ConformanceReport, check_plugin
 SOME = {
     "static": ("-k", "test_static"),
     "ops": ("-k", "test_op"),
-    "attention": ("-k", "test_attention and (D16-S5- or undeclared)"),
-    "sampler": ("-k", "test_sampler and (all] or top_k,top_p,min_p] or noise)"),
+    "attention": ("-k", "test_attention and (undeclared or (D16-S5- and (float32 or soft_cap)))"),
+    "sampler": ("-k", "test_sampler and (triton-all or (reference_s and min_p))"),
 }
 PARTS = {
     "ops": ["op cuda/add_rms_norm", "op cuda/block_copy", "op cuda/embedding", "op cuda/kv_write", "op cuda/linear", "op cuda/rms_norm",
@@ -23,6 +23,8 @@ PARTS = {
     "static": ["static"],
 }  # fmt: skip
 
+NOT_HERE = ("does not promise rows", "no contract of graph capture", "it moves values", "not in bfloat16")
+
 
 def check(report: ConformanceReport, parts: list[str], least: int) -> None:
     """Each part was proven so many times at least, and nothing failed. What was skipped are promises that the device does not give."""
@@ -31,7 +33,7 @@ def check(report: ConformanceReport, parts: list[str], least: int) -> None:
         component = report.component(name)
         assert component.failed == 0 and component.passed >= least, f"{name}: {component}\n{report.text}"
         for reason in component.skips:
-            assert "promise rows" in reason or "graph capture" in reason or "moves values" in reason, reason
+            assert any(words in reason for words in NOT_HERE), reason
 
 
 @pytest.mark.slow
@@ -40,7 +42,7 @@ def test_conformance(suite: str, tmp_path: Path) -> None:
     """float32 and float16, with splits so short that most rows are merged from several. Killed by: any kernel that computes something else."""
     config = tmp_path / "xllm.toml"
     config.write_text("[plugin.cuda]\nkv_split_tokens = 16\n")
-    check(check_plugin("cuda", config=config, arguments=SOME[suite]), PARTS[suite], least=3)
+    check(check_plugin("cuda", config=config, arguments=SOME[suite]), PARTS[suite], least=2)
 
 
 @pytest.mark.nightly

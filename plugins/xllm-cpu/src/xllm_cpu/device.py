@@ -108,7 +108,10 @@ class CpuDevice:
 
 
 def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that the process may use, or as many as `OMP_NUM_THREADS` says, which users and batch systems set for every such library."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
 
 
 def _available_bytes() -> int | None:

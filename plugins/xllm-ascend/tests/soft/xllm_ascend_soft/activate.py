@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xllm_ascend_soft.libraries import launched
 
-# isort: split  the libraries come before anything that imports torch
+# isort: split
 from xllm_ascend_soft import aten, kernels
 
 NUM_OPERATORS = aten.install()
