@@ -23,10 +23,12 @@ DOCUMENTS = sorted(
 )
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 COMMANDS = {spec.name for spec in builtin.xllm_cli() if isinstance(spec, CommandSpec)}
+# Commands of plugins stand under their id, which is that of the entry point.
 COMMANDS |= {
     plugin_id
     for path in ROOT.glob("plugins/*/pyproject.toml")
     for plugin_id in tomllib.loads(path.read_text())["project"]["entry-points"]["xllm_core.plugins"]
+    if any("def xllm_cli(" in module.read_text() for module in path.parent.glob("src/*/plugin.py"))
 }
 
 

@@ -55,9 +55,13 @@ def check_torch() -> Iterator[Finding]:
     """Can it be imported?"""
     try:
         import torch
-    except (ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  it loads the extensions of others, which fail as they like
+        cause = f": {error.__cause__}" if error.__cause__ else ""
         yield Finding(
-            "fail", "torch", f"cannot be imported: {error}", "install torch for your device, e.g. pip install torch"
+            "fail",
+            "torch",
+            f"cannot be imported: {error}{cause}",
+            "what is missing stands at your device below; without it: pip install torch, or TORCH_DEVICE_BACKEND_AUTOLOAD=0",
         )
         return
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
@@ -83,6 +87,7 @@ def check_devices() -> Iterator[Finding]:
     """Which can be used here, and how much memory is free."""
     from xllm_core.config import Settings
     from xllm_core.plugins.manager import PluginManager
+    from xllm_core.plugins.plan import describe
     from xllm_core.plugins.select import chosen, device_refusals
 
     offers = PluginManager.discover().load().offers("xllm_devices")
@@ -91,7 +96,11 @@ def check_devices() -> Iterator[Finding]:
         if reason := reasons[offer.name]:
             yield Finding("warn", f"device {offer.name}", f"not usable here: {reason}")
             continue
-        device = chosen(offer, "asked for a report").build(0)
+        try:
+            device = chosen(offer, "asked for a report").build(0)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is the reason
+            yield Finding("fail", f"device {offer.name}", f"cannot be built: {describe(error)}")
+            continue
         facts, memory = device.facts(), device.memory()
         detail = f"{facts.name}, {', '.join(facts.dtypes)}, {memory.free_bytes / 2**30:.1f} of {memory.total_bytes / 2**30:.1f} GiB free"
         is_enough = memory.free_bytes >= _MIN_FREE_BYTES

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, Mo
 from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.plan import AssemblyPlan, Choice, describe, load_target
+from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.select import (
     HOOK_OF_KIND,
     check_names,
@@ -79,13 +81,14 @@ class _Layout:
     kv_store: Choice | None
 
 
-def assemble(settings: Settings, manager: PluginManager) -> Assembly:
+def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | None = None) -> Assembly:
     """Choose every part for `settings.model.path`, then lock the manager.
 
+    probes: the caller's, for one who assembles several times and need not ask devices each time; it ends them. None: our own.
     Raises ConfigError, PluginError (ResolutionError with every rejection), ModelError. Imports only what must answer: the device for its
     facts, weight formats, and the model family.
     """
-    resolver = Resolver(settings, manager)
+    resolver = Resolver(settings, manager, probes)
     device, facts = resolver.device()
     opened, checkpoint = resolver.weights()
     config = checkpoint.config
@@ -133,7 +136,7 @@ def load_family(choice: Choice) -> ModelFamily:
 class Resolver:
     """The single choices, in the order in which each needs the one before. One per assembly."""
 
-    def __init__(self, settings: Settings, manager: PluginManager) -> None:
+    def __init__(self, settings: Settings, manager: PluginManager, probes: Probes | None = None) -> None:
         """Loads plugins; raises if one that the user asked for is not there, or a name in `[use]` or `[prefer]` is unknown."""
         logging.getLogger("xllm_core").setLevel(settings.log.level.upper())
         manager.load()
@@ -143,6 +146,7 @@ class Resolver:
         check_names(settings, manager)
         self.settings = settings
         self.manager = manager
+        self._probes = probes
 
     def offers(self, kind: str) -> tuple[Offer, ...]:
         """What is offered for a kind of `[use]`."""
@@ -151,7 +155,8 @@ class Resolver:
     def device(self) -> tuple[Choice, DeviceFacts]:
         """Accelerators whose probe answers, by rank; else the CPU. Why an accelerator is passed over is logged."""
         offers = self.offers("device")
-        with start_probes(offers, self.settings) as probes:
+        own = start_probes(offers, self.settings) if self._probes is None else nullcontext(self._probes)
+        with own as probes:
             unfit = partial(unfit_device, probes=probes)
             choice = choose("device", offers, self.settings, unfit, need="this machine", is_lazy=True)
         for name, reason in choice.rejected:

@@ -24,6 +24,7 @@ from xllm_core.errors import XllmError
 from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import AssemblyPlan
+from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Assembly, assemble
 from xllm_core.testing.driving import Key, Tokens, drive, settle
 from xllm_core.testing.prose import PROSE
@@ -106,15 +107,16 @@ class NotApplicableError(XllmError):
 
 
 class Verifier:
-    """Runs the matrix of one model and dtype. settings: flat settings under which everything runs (device, use, ...)."""
+    """Runs the matrix of one model and dtype. scale: `begin` fits it to the device. settings: flat ones, of all runs (device, use, ...)."""
 
     def __init__(self, model: str, *, dtype: str = "float32", scale: Scale = FULL, **settings: Any) -> None:
         self._model = model
         self._dtype = dtype
-        self._scale = scale
+        self.scale = scale
         self._settings = settings
         self._assembly: Assembly | None = None
         self._plain: BuiltEngine | None = None
+        self._probes = Probes()  # a device that is there at the first row is there at the last
         self._allowed = 0.0
         self._store = ""  # the one that the settings name
         self.baseline: Tokens = {}
@@ -147,6 +149,7 @@ class Verifier:
         """The plain pass, which everything is compared with."""
         plain = self._plain = self._build(max_num_seqs=4, enable_prefix_cache=False)
         self._allowed = 0.0 if plain.loaded.device.facts().is_row_invariant else MARGINS[self._plan.dtype]
+        self.scale = self._fitted()
         self._requests = self._make_requests()
         for request in self._requests:
             self.baseline |= drive(plain.engine, [request])
@@ -158,7 +161,8 @@ class Verifier:
         return self._compare(name, outcome)
 
     def close(self) -> None:
-        """End the plain engine."""
+        """End the plain engine, and probes that nobody waited for."""
+        self._probes.__exit__(None, None, None)
         if self._plain is not None:
             self._plain.engine.close()
 
@@ -183,6 +187,7 @@ class Verifier:
 
     def prefix_cache(self) -> Outcome:
         """Everything twice; the second time the prompts are in the cache."""
+        self._need_whole_blocks()
         with self._engine(max_num_seqs=4, enable_prefix_cache=True) as engine:
             drive(engine, self._requests)
             before = engine.scheduler.kv.stats().hit_tokens
@@ -207,6 +212,7 @@ class Verifier:
         return self._offloaded(self._store)
 
     def _offloaded(self, store: str) -> Outcome:
+        self._need_whole_blocks()
         with self._engine(max_num_seqs=4, enable_prefix_cache=True, store=store) as engine:
             drive(engine, self._requests)
             settle(engine)
@@ -288,7 +294,7 @@ class Verifier:
         return {"max_num_seqs": max_num_seqs, "num_blocks": self._num_tight_blocks(), "max_num_batched_tokens": 64}
 
     def _num_tight_blocks(self) -> int:
-        longest = max(self._scale.lengths) + self._scale.new_tokens
+        longest = max(self.scale.lengths) + self.scale.new_tokens
         return max(2, -(-longest // self._plan.block_size))
 
     def _pressing(self) -> tuple[list[EngineRequest], Tokens]:
@@ -297,7 +303,7 @@ class Verifier:
         Ours do where blocks are small. Where an answer fits into the block that its prompt has begun, nobody asks for another: there, as many
         requests as the pool has blocks, each of which is about to fill its own.
         """
-        size, new_tokens = self._plan.block_size, self._scale.new_tokens
+        size, new_tokens = self._plan.block_size, self.scale.new_tokens
         if size <= new_tokens:
             return self._requests, self.baseline
         if size - 1 + new_tokens > self._plan.max_model_len:
@@ -316,7 +322,7 @@ class Verifier:
         """Run the requests among as many others, and throw those out at random."""
         mates = [replace(r, request_id=f"mate-{r.request_id}", seed=r.seed + 1) for r in self._requests]
         chance = random.Random(0)
-        due = {m.request_id: chance.randrange(1, self._scale.new_tokens // 2) for m in mates}
+        due = {m.request_id: chance.randrange(1, self.scale.new_tokens // 2) for m in mates}
 
         def abort_some(plan: StepPlan) -> None:
             for request_id in [i for i, left in due.items() if left <= 0]:
@@ -415,7 +421,7 @@ class Verifier:
             {"kv_store": store} if store else {}
         )
         made = made.model_copy(update={"use": use})
-        assembly = assemble(made, PluginManager.discover(made).load())
+        assembly = assemble(made, PluginManager.discover(made).load(), probes=self._probes)
         if self._assembly is None:
             self._assembly = assembly
         return build_engine(assembly, made, loaded=self._plain.loaded if self._plain is not None else None)
@@ -440,6 +446,17 @@ class Verifier:
         assert self._assembly is not None
         return self._assembly.plan
 
+    def _fitted(self) -> Scale:
+        """The scale; where none of its prompts fills a block, the longest becomes one that does: caches and stores hold whole blocks only."""
+        lengths, filling = self.scale.lengths, self._plan.block_size + 1
+        if max(lengths) >= filling or filling + self.scale.new_tokens > self._plan.max_model_len:
+            return self.scale
+        return replace(self.scale, lengths=tuple(filling if n == max(lengths) else n for n in lengths))
+
+    def _need_whole_blocks(self) -> None:
+        if max(self.scale.lengths) <= self._plan.block_size:
+            raise NotApplicableError(f"no prompt of this model fills a block of {self._plan.block_size} tokens")
+
     def _make_requests(self) -> list[EngineRequest]:
         """Greedy and seeded requests in turn, over prose where there is a tokenizer and over random tokens where there is none."""
         assert self._assembly is not None
@@ -448,17 +465,17 @@ class Verifier:
         files = self._assembly.checkpoint.tokenizer()
         has_tokenizer = files.tokenizer_json is not None or files.convert is not None
         pool = Tokenizer(files).encode(PROSE) if has_tokenizer else [chance.randrange(vocab) for _ in range(4096)]
-        while len(pool) < sum(self._scale.lengths):
+        while len(pool) < sum(self.scale.lengths):
             pool += pool
         requests, at = [], 0
-        for i, length in enumerate(self._scale.lengths):
-            if length + self._scale.new_tokens > context:
+        for i, length in enumerate(self.scale.lengths):
+            if length + self.scale.new_tokens > context:
                 raise XllmError(
-                    f"verify needs a context of {length + self._scale.new_tokens} tokens, this model has {context}; use --quick"
+                    f"verify needs a context of {length + self.scale.new_tokens} tokens, this model has {context}; use --quick"
                 )
             prompt, at = pool[at : at + length], at + length
             for kind, temperature in (("greedy", 0.0), ("seeded", _TEMPERATURE)):
-                params = SamplingParams(max_tokens=self._scale.new_tokens, temperature=temperature, ignore_eos=True)
+                params = SamplingParams(max_tokens=self.scale.new_tokens, temperature=temperature, ignore_eos=True)
                 requests.append(EngineRequest(f"{kind}-{length}", tuple(prompt), params, seed=1000 + i))
         return requests
 

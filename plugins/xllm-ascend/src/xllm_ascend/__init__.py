@@ -1,0 +1,1 @@
+"""Ascend NPUs for xLLM. Importing this loads nothing."""
