@@ -49,6 +49,16 @@ def test_copies_go_through_pinned_memory() -> None:
     assert there.cpu().unique().tolist() == [3]
 
 
+def test_synchronize_waits() -> None:
+    """A copy to the host that need not wait is there after `synchronize`, and on the soft device not before. Killed by: one that returns at once."""
+    device = NpuDevice(0)
+    there, host = device.to_device(torch.arange(1, 9)), device.host_buffer((8,), torch.int64)
+    host.copy_(there, non_blocking=True)
+    assert not host.any()
+    device.synchronize()
+    assert host.tolist() == list(range(1, 9))
+
+
 def test_streams_and_events() -> None:
     """torch_npu's streams and events work on the soft runtime, so that what uses them can be tested here."""
     device = NpuDevice(0)

@@ -109,9 +109,9 @@ def test_tokens_are_the_reference_s(part: Part, device: DeviceBackend, xllm_kit:
 
     subject = xllm_kit.subject
     use = {**subject.pins(), "device": part.offer.name}
-    row = compare_with_reference(
-        _tiny_model(tmp_path), use, dtype=device.facts().dtypes[0], plugin=subject.settings.plugin
-    )
+    dtype = device.facts().dtypes[0]
+    model = _tiny_model(tmp_path, spread=0.5 if dtype == "float32" else 0.2)
+    row = compare_with_reference(model, use, dtype=dtype, plugin=subject.settings.plugin)
     assert row.has_passed, "; ".join(row.differences) or f"only {row.num_compared} of {row.num_tokens} tokens compared"
 
 
@@ -143,11 +143,11 @@ def _dtype(device: DeviceBackend) -> torch.dtype:
     return torch_dtype(device.facts().dtypes[0])
 
 
-def _tiny_model(folder: Path) -> str:
-    """A random Llama with logits spread wide enough that near ties are rare."""
+def _tiny_model(folder: Path, *, spread: float = 0.5) -> str:
+    """A random Llama; with a spread of 0.5 near ties are rare, but what is rounded to bfloat16 drifts far from what is not."""
     from xllm_core.testing.tiny import tiny_config, write_tiny
 
     path = folder / "tiny"
     if not path.exists():
-        write_tiny(tiny_config("LlamaForCausalLM", max_position_embeddings=1024, initializer_range=0.5), path)
+        write_tiny(tiny_config("LlamaForCausalLM", max_position_embeddings=1024, initializer_range=spread), path)
     return str(path)

@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from xllm_ascend_soft.build import RUNTIME
+
 # What only moves or names memory is torch_npu's own and works on the stub runtime as it is.
 _KEPT = frozenset({
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "record_stream", "is_pinned", "_pin_memory",
     "_local_scalar_dense", "_copy_from_and_resize", "_copy_from", "_to_copy", "lift_fresh", "_has_compatible_shallow_copy_type", "is_set_to",
 })  # fmt: skip
 _libraries: list[torch.library.Library] = []
+_runtime = ctypes.CDLL(RUNTIME)
 
 
 def host_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as a tensor of the CPU. The caller keeps `tensor` alive."""
+    """The same bytes as a tensor of the CPU, once the copies before are done. The caller keeps `tensor` alive."""
+    _runtime.soft_flush()
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)

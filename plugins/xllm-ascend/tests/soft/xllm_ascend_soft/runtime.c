@@ -1,8 +1,10 @@
-/* The runtime of Ascend devices (libascendcl) as far as torch_npu asks for it, on host memory: what one call does is done when it returns.
+/* The runtime of Ascend devices (libascendcl) as far as torch_npu asks for it, on host memory. Copies that need not wait do wait, until somebody does:
+ * who writes to their source too early, or reads their target too early, sees it.
  *
  * Two devices of 1 GiB. Fresh memory is filled with ones, which are NaN in every float: what no kernel wrote shows itself.
  * Written for these tests from the names, and the arguments, that torch_npu calls; nothing of CANN is in here.
  */
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,6 +43,31 @@ int aclGetDeviceCapability(uint32_t device, int what, int64_t *value) { *value =
 int aclrtGetDeviceInfo(uint32_t device, int what, int64_t *value) { *value = 24; return OK; }
 const char *aclGetRecentErrMsg(void) { return ""; }
 
+/* Copies that were asked for and not waited for, in order */
+typedef struct { void *to; const void *from; size_t bytes; } Copy;
+enum { MAX_PENDING = 256 };
+static Copy pending[MAX_PENDING];
+static int num_pending;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static void flush_locked(void)
+{
+    for (int i = 0; i < num_pending; i++) memmove(pending[i].to, pending[i].from, pending[i].bytes);
+    num_pending = 0;
+}
+int soft_flush(void)
+{
+    pthread_mutex_lock(&lock);
+    flush_locked();
+    pthread_mutex_unlock(&lock);
+    return OK;
+}
+int aclrtSynchronizeStream(void *stream) { return soft_flush(); }
+int aclrtSynchronizeStreamWithTimeout(void *stream, int32_t timeout_ms) { return soft_flush(); }
+int aclrtSynchronizeDevice(void) { return soft_flush(); }
+int aclrtSynchronizeDeviceWithTimeout(int32_t timeout_ms) { return soft_flush(); }
+int aclrtSynchronizeEvent(void *event) { return soft_flush(); }
+int aclrtSynchronizeEventWithTimeout(void *event, int32_t timeout_ms) { return soft_flush(); }
+
 /* Memory */
 int aclrtMalloc(void **address, size_t bytes, int policy)
 {
@@ -57,6 +84,7 @@ int aclrtMalloc(void **address, size_t bytes, int policy)
 int aclrtMallocAlign32(void **address, size_t bytes, int policy) { return aclrtMalloc(address, bytes, policy); }
 int aclrtFree(void *address)
 {
+    soft_flush();
     char *place = (char *)address - ALIGNMENT;
     Header *header = (Header *)place;
     __atomic_sub_fetch(&used_bytes[header->device], header->bytes, __ATOMIC_SEQ_CST);
@@ -64,19 +92,25 @@ int aclrtFree(void *address)
     return OK;
 }
 int aclrtMallocHost(void **address, size_t bytes) { return posix_memalign(address, ALIGNMENT, bytes ? bytes : 1) ? NO_MEMORY : OK; }
-int aclrtFreeHost(void *address) { free(address); return OK; }
+int aclrtFreeHost(void *address) { soft_flush(); free(address); return OK; }
 int aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind)
 {
     if (bytes > room) return BAD_ARGUMENT;
+    soft_flush();
     memmove(to, from, bytes);
     return OK;
 }
 int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream)
 {
-    return aclrtMemcpy(to, room, from, bytes, kind);
+    if (bytes > room) return BAD_ARGUMENT;
+    pthread_mutex_lock(&lock);
+    if (num_pending == MAX_PENDING) flush_locked();
+    pending[num_pending++] = (Copy){to, from, bytes};
+    pthread_mutex_unlock(&lock);
+    return OK;
 }
-int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) { memset(to, value, bytes); return OK; }
-int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *stream) { memset(to, value, bytes); return OK; }
+int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) { soft_flush(); memset(to, value, bytes); return OK; }
+int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *stream) { return aclrtMemset(to, room, value, bytes); }
 int aclrtGetMemInfo(int kind, size_t *free_bytes, size_t *total_bytes)
 {
     *total_bytes = TOTAL_BYTES;
@@ -91,7 +125,7 @@ int aclrtCreateStream(void **stream) { return make(stream); }
 int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flags) { return make(stream); }
 int aclrtDestroyStream(void *stream) { return unmake(stream); }
 int aclrtDestroyStreamForce(void *stream) { return unmake(stream); }
-int aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; }
+int aclrtStreamQuery(void *stream, int *status) { *status = 0; return soft_flush(); }
 int aclrtGetStreamId(void *stream, int32_t *id) { *id = (int32_t)(intptr_t)stream; return OK; }
 int aclrtCreateEvent(void **event) { return make(event); }
 int aclrtCreateEventWithFlag(void **event, uint32_t flags) { return make(event); }
@@ -105,7 +139,7 @@ int aclrtRecordEvent(void *event, void *stream)
     return OK;
 }
 int aclrtEventElapsedTime(float *ms, void *from, void *to) { *ms = (float)(*(double *)to - *(double *)from); return OK; }
-int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }
+int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return soft_flush(); }
 int aclrtQueryEventWaitStatus(void *event, int *status) { *status = 1; return OK; }
 
 /* Options: each is off but for how operators are compiled, which torch_npu reads back as a text */
