@@ -116,7 +116,7 @@ def test_the_clients_process_ends_with_its_engine_also_when_an_answer_is_unread(
     client.start()
     process, line = client._process, client._line
     assert process is not None and line is not None
-    line.sendall(b'{"number": 1, "do": "exist", "keys": ["k"]}\n')
+    line.sendall(b'{"number": 1, "do": "nothing"}\n')
     assert select.select([line], [], [], 30)[0], "no answer"
     line.close()
     assert process.wait(30) == 0
