@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import select
+
 import pytest
 import torch
 from xllm_mooncake.breaker import FIRST_WAIT_S, MAX_WAIT_S, Breaker
+from xllm_mooncake.client import Client
 from xllm_mooncake.index import ABSENT_S, BELIEVED_S, HELD_S, Knowledge
 from xllm_mooncake.staging import HEADER_BYTES, Staging, part_of
 
@@ -103,4 +106,19 @@ def test_values_are_bound_to_key_content_and_secret() -> None:
     assert staging.read(slot, key, part) is None
     with pytest.raises(ValueError, match="bytes, the geometry says"):
         staging.write(slot, key, part, [blocks[0][:-1], blocks[1]])
+    staging.close()
+
+
+def test_the_clients_process_ends_with_its_engine_also_when_an_answer_is_unread() -> None:
+    """A socket that is closed with something unread in it is reset, not ended. Dies with a process that outlives its engine."""
+    staging = Staging(geometry("BSGD", 4), 1 << 16, None)
+    client = Client("127.0.0.1", staging.fd, staging.num_bytes)
+    client.start()
+    process, line = client._process, client._line
+    assert process is not None and line is not None
+    line.sendall(b'{"number": 1, "do": "nothing"}\n')
+    assert select.select([line], [], [], 30)[0], "no answer"
+    line.close()
+    assert process.wait(30) == 0
+    client.kill()
     staging.close()

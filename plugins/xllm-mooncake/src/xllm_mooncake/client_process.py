@@ -97,12 +97,14 @@ def main() -> None:
 def _listen(line: socket.socket, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
     """On a thread of its own, so that the end of the engine is heard while a call blocks."""
     is_closing = False
-    for text in line.makefile("rb"):
-        request = json.loads(text)
-        is_closing = is_closing or request["do"] == "close"
-        requests.put(request)
-    if not is_closing:
-        os._exit(0)
+    try:
+        for text in line.makefile("rb"):
+            request = json.loads(text)
+            is_closing = is_closing or request["do"] == "close"
+            requests.put(request)
+    finally:  # an engine that was killed with an answer unread resets the line instead of ending it
+        if not is_closing:
+            os._exit(0)
 
 
 if __name__ == "__main__":
