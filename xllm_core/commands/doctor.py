@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 
 import click
 
@@ -51,19 +52,24 @@ def check_python() -> Iterator[Finding]:
     )
 
 
+@cache
+def torch_problem() -> str:
+    """Why torch cannot be imported, or "". Asked once: what it leaves behind half loaded crashes the process if it is tried again and again."""
+    try:
+        import torch  # noqa: F401
+    except Exception as error:  # noqa: BLE001  it loads the extensions of others, which fail as they like
+        return f"{error}{f': {error.__cause__}' if error.__cause__ else ''}"
+    return ""
+
+
 def check_torch() -> Iterator[Finding]:
     """Can it be imported?"""
-    try:
-        import torch
-    except Exception as error:  # noqa: BLE001  it loads the extensions of others, which fail as they like
-        cause = f": {error.__cause__}" if error.__cause__ else ""
-        yield Finding(
-            "fail",
-            "torch",
-            f"cannot be imported: {error}{cause}",
-            "what is missing stands at your device below; without it: pip install torch, or TORCH_DEVICE_BACKEND_AUTOLOAD=0",
-        )
+    if problem := torch_problem():
+        remedy = "what is missing stands at your device below; without it: pip install torch, or TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        yield Finding("fail", "torch", f"cannot be imported: {problem}", remedy)
         return
+    import torch
+
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
 
@@ -95,6 +101,9 @@ def check_devices() -> Iterator[Finding]:
     for offer in offers:
         if reason := reasons[offer.name]:
             yield Finding("warn", f"device {offer.name}", f"not usable here: {reason}")
+            continue
+        if torch_problem():
+            yield Finding("fail", f"device {offer.name}", "not tried: torch cannot be imported, see above")
             continue
         try:
             device = chosen(offer, "asked for a report").build(0)
