@@ -161,7 +161,8 @@ class Resolver:
             choice = choose("device", offers, self.settings, unfit, need="this machine", is_lazy=True)
         for name, reason in choice.rejected:
             if not reason.startswith("not asked"):
-                _log.warning("device %s is not used: %s", name, reason)
+                first, _, more = reason.partition("; ")
+                _log.warning("device %s is not used: %s%s", name, first, "; the rest: xllm doctor" if more else "")
         index = self.settings.device.index
         backend = _ask(choice.name, f"build device {index}", partial(choice.build, index))
         facts = _ask(choice.name, "tell its facts", backend.facts)
