@@ -72,3 +72,22 @@ def test_models_tells_what_would_serve(runner: CliRunner, tmp_path: Path) -> Non
     assert facts["layers"] == 2
     assert facts["parameters"] > 10_000
     assert facts["attention"]["full"] in ("core/paged", "cpu/paged")
+
+
+def test_doctor_leaves_out_what_is_switched_off(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with settings that are wrong it says so, and still reports. Killed by: looking for plugins without the user's settings."""
+
+    def details() -> dict[str, str]:
+        return {
+            finding["subject"]: finding["detail"]
+            for finding in json.loads(runner.invoke(doctor.command, ["--json"]).output)
+        }
+
+    monkeypatch.setenv("XLLM_PLUGINS", "core")
+    found = details()
+    others = [text for name, text in found.items() if name.startswith("plugin ") and name != "plugin core"]
+    assert "plugin core" in found and all("disabled" in text or "not-allowed" in text for text in others)
+    assert [name for name in found if name.startswith("device ")] == ["device core/reference"]
+    monkeypatch.setenv("XLLM_DEVICE__NAM", "x")
+    wrong = details()
+    assert "XLLM_DEVICE__NAM" in wrong["settings"] and "python" in wrong

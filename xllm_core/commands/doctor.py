@@ -9,10 +9,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
+from typing import TYPE_CHECKING
 
 import click
 
+from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.doctor import Finding
+
+if TYPE_CHECKING:
+    from xllm_core.config import Settings
 
 _MIN_FREE_BYTES = 2 << 30
 
@@ -24,8 +29,10 @@ def command(is_json: bool) -> None:
     from xllm_core.plugins.findings import findings_of
     from xllm_core.plugins.manager import PluginManager
 
-    manager = PluginManager.discover().load()
-    findings = [finding for offer in manager.offers("xllm_doctor") for finding in findings_of(offer.name, offer.spec)]
+    settings, problem = settings_here()
+    manager = PluginManager.discover(settings).load()
+    findings = [Finding("fail", "settings", problem, "xllm config show")] if problem else []
+    findings += [finding for offer in manager.offers("xllm_doctor") for finding in findings_of(offer.name, offer.spec)]
     if is_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -50,6 +57,16 @@ def check_python() -> Iterator[Finding]:
         platform.python_version(),
         "" if is_new else "install Python 3.11 or newer",
     )
+
+
+def settings_here() -> tuple[Settings, str]:
+    """(the user's settings, "") so that a plugin that is switched off stays so; or, of settings that are wrong, (the defaults, what is wrong)."""
+    from xllm_core.config import Settings
+
+    try:
+        return Settings(), ""
+    except ConfigError as error:
+        return Settings.from_tables({}), str(error)
 
 
 @cache
@@ -77,13 +94,13 @@ def check_plugins() -> Iterator[Finding]:
     """Which load, and why the others do not."""
     from xllm_core.plugins.manager import PluginManager
 
-    for record in PluginManager.discover().load().records:
+    for record in PluginManager.discover(settings_here()[0]).load().records:
         about = f"{record.distribution} {record.version}"
         if record.state == "loaded":
             yield Finding("ok", f"plugin {record.id}", about)
         else:
             yield Finding(
-                "ok" if record.state == "disabled" else "warn",
+                "ok" if record.state in ("disabled", "not-allowed") else "warn",
                 f"plugin {record.id}",
                 f"{about}: {record.state}, {record.reason}",
             )
@@ -91,13 +108,13 @@ def check_plugins() -> Iterator[Finding]:
 
 def check_devices() -> Iterator[Finding]:
     """Which can be used here, and how much memory is free."""
-    from xllm_core.config import Settings
     from xllm_core.plugins.manager import PluginManager
     from xllm_core.plugins.plan import describe
     from xllm_core.plugins.select import chosen, device_refusals
 
-    offers = PluginManager.discover().load().offers("xllm_devices")
-    reasons = device_refusals(offers, Settings.from_tables({}))
+    settings = settings_here()[0].model_copy(update={"use": {}})  # of all of them, whichever is pinned
+    offers = PluginManager.discover(settings).load().offers("xllm_devices")
+    reasons = device_refusals(offers, settings)
     for offer in offers:
         if reason := reasons[offer.name]:
             yield Finding("warn", f"device {offer.name}", f"not usable here: {reason}")
