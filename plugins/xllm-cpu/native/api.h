@@ -16,13 +16,15 @@ XLLM_API int xllm_max_rows();
 XLLM_API void xllm_set_threads(int count);
 XLLM_API int xllm_threads();
 
-// Linear. n: rows of the weight (with `fuses` both halves), k: its columns. bias: float32, packed like the columns.
+// Linear. n: rows of the weight (with `fuses` both halves), k: its columns. bias: float32, packed like the columns. is_wide: out is float32,
+// without `fuses`.
 XLLM_API int64_t xllm_packed_elements(int64_t n, int64_t k, int is_bf16, int fuses);
 XLLM_API int64_t xllm_packed_columns(int64_t n, int fuses);
 XLLM_API int xllm_pack(const void* weight, int64_t n, int64_t k, int is_bf16, int fuses, void* out);
 XLLM_API int xllm_pack_bias(const float* bias, int64_t n, int fuses, float* out);
 XLLM_API int xllm_linear(
-    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses);
+    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses,
+    int is_wide);
 
 // Gated experts. x, out: [tokens][hidden]; ids, weights: [tokens][top_k], id -1 is skipped; gate_up, down: the packed weights of one expert after
 // the other, gate_up packed with `fuses`; counts: [num_experts], added to.

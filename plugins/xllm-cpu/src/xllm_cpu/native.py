@@ -19,7 +19,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "packed_columns": (_I64, [_I64, _I32]),
     "pack": (_I32, [_P, _I64, _I64, _I32, _I32, _P]),
     "pack_bias": (_I32, [_P, _I64, _I32, _P]),
-    "linear": (_I32, [_P, _P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _I32]),
+    "linear": (_I32, [_P, _P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _I32, _I32]),
     "experts": (_I32, [*[_P] * 7, *[_I64] * 5, _I32]),
     "rms_norm": (_I32, [_P, _I64, _P, _F32, _P, _I64, _I64, _I32]),
     "add_rms_norm": (_I32, [_P, _P, _P, _F32, _P, _P, _I64, _I64, _I32]),
