@@ -156,10 +156,21 @@ def _build_worker(
         WorkerParts(
             device=device, model=loaded.model, kernels=loaded.kernels, copy_blocks=loaded.ops["block_copy"],
             sampler=plan.sampler.build(device), processors=[choice.build(context) for choice in plan.logits_processors],
-            bind_kv=loaded.parts.bind_kv,
+            bind_kv=loaded.parts.bind_kv, has_graphs=_has_graphs(settings, loaded),
         ),
         geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
     )  # fmt: skip
+
+
+def _has_graphs(settings: Settings, loaded: LoadedModel) -> bool:
+    from xllm_core.runtime.graphs import why_no_graphs
+
+    if not settings.engine.graphs:
+        return False
+    reason = why_no_graphs(loaded.device, loaded.kernels)
+    if reason:
+        log.info("decode steps are not replayed from graphs: %s", reason)
+    return not reason
 
 
 def plans_in_flight(groups: Sequence[KVGroupSpec], *, wants_overlap: bool) -> int:
