@@ -23,6 +23,7 @@ from xllm_core.types import StepPlan
 
 log = logging.getLogger("xllm.engine")
 
+
 @dataclass(slots=True)
 class GraphStats:
     """Counted since the start. num_eager: decode steps that no graph could serve. padded_rows: rows of buckets that replays left empty.

@@ -61,7 +61,9 @@ class ModelRunner:
             inputs = self._inputs.gather(plan, self._previous)
             prepared_s = time.perf_counter()
             if self.graphs is not None and self.graphs.covers(plan):
+                num_replays = self.graphs.stats.num_replays
                 handle.logits = self.graphs.logits(inputs)
+                handle.times.is_replayed = self.graphs.stats.num_replays > num_replays
             if handle.logits is None:
                 prepared_s = self._compute(handle, inputs)
         handle.times.prepare_s = prepared_s - started_s

@@ -121,8 +121,6 @@ class PagedAttention:
             raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-        self._native.attention(
-            ctypes.addressof(plan.step), q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr()
-        )
+        self._native.attention(ctypes.addressof(plan.step), q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr())
         if target is not out:
             out.copy_(target)

@@ -67,7 +67,9 @@ class CpuDevice:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         is_large = num_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
         try:
-            memory = mmap.mmap(-1, max(1, num_bytes + _HUGE if is_large else num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(
+                -1, max(1, num_bytes + _HUGE if is_large else num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
         except (OSError, MemoryError, OverflowError) as error:
             raise MemoryError(
                 f"cannot allocate {num_bytes} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"

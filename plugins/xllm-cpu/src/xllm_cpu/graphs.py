@@ -168,9 +168,7 @@ class Recorder(TorchDispatchMode):
             raise NotCapturableError("a sum of tensors that differ in shape, dtype or order is no op of this device")
         out = self._arena.tensor(a.shape, a.dtype)
         rows = len(a)
-        self._native.add(
-            a.data_ptr(), b.data_ptr(), out.data_ptr(), rows, a.numel() // max(1, rows), _is_bf16(a)
-        )
+        self._native.add(a.data_ptr(), b.data_ptr(), out.data_ptr(), rows, a.numel() // max(1, rows), _is_bf16(a))
         return out
 
     def index_select(self, table: torch.Tensor, axis: int, ids: torch.Tensor) -> torch.Tensor:
