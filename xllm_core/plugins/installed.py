@@ -55,6 +55,6 @@ def _described(entry: importlib_metadata.EntryPoint, dist: importlib_metadata.Di
 def _name(dist: importlib_metadata.Distribution) -> str:
     """The distribution's name; where its metadata does not tell, the name of the folder that holds it."""
     try:
-        return dist.metadata["Name"]
+        return str(dist.metadata["Name"])
     except Exception:  # noqa: BLE001  said where it matters
         return str(getattr(getattr(dist, "_path", None), "stem", "unknown")).partition("-")[0].replace("_", "-")

@@ -31,7 +31,11 @@ from xllm_core.testing import verify_kv
 from xllm_core.testing.driving import Key, Tokens, drive
 from xllm_core.testing.matrix import FULL as FULL
 from xllm_core.testing.matrix import QUICK as QUICK
-from xllm_core.testing.matrix import NotApplicableError, Outcome, Report, Row, Scale, num_wasted
+from xllm_core.testing.matrix import NotApplicableError, num_wasted
+from xllm_core.testing.matrix import Outcome as Outcome
+from xllm_core.testing.matrix import Report as Report
+from xllm_core.testing.matrix import Row as Row
+from xllm_core.testing.matrix import Scale as Scale
 from xllm_core.testing.prose import PROSE
 from xllm_core.types import EngineRequest, SamplingParams, StepPlan, TokenOutput
 
