@@ -156,8 +156,9 @@ def test_equal_scores_stay_together(part: Part, sampler: Sampler, device: Device
     signed[:, 1::2] = -0.0
     batch = replace(batch, temperature=ones, top_k=None, top_p=None, min_p=None)
     unfiltered = sample(sampler, device, flat, batch)
-    for name, column in {"top_p": ones * 1e-3, "min_p": ones}.items():
-        found = sample(sampler, device, signed, replace(batch, **{name: column}))
+    filters: dict[str, dict[str, Any]] = {"top_p": {"top_p": ones * 1e-3}, "min_p": {"min_p": ones}}
+    for name, column in filters.items():
+        found = sample(sampler, device, signed, replace(batch, **column))
         assert found == unfiltered, f"{name} parts scores that are equal"
 
 
