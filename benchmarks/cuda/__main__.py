@@ -4,7 +4,7 @@
 
 Each part runs in processes of its own. Throughput: all requests at once, our engine and vLLM in turns; the median of the ratios with a 95 % interval.
 vLLM brings its own torch, so it has an environment of its own, named by --vllm-python; without one that part says so.
-Exit status 1 if conformance or verify failed, 2 if there is no GPU.
+Exit status 1 if a part failed, 2 if there is no GPU. A part that fails is in the JSON, and the others run all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,10 @@ llm.generate(rows(), params, use_tqdm=False)
 import vllm
 print("\\n" + json.dumps({"output_tokens_per_s": count * new / (time.perf_counter() - started), "version": vllm.__version__}))
 """
+
+
+class PartError(Exception):
+    """A part came to no result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +91,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not args.dry_run and not args.model:
         parser.error("--model is needed: a directory or hub id of a dense model")
+    if args.vllm_python and not shutil.which(args.vllm_python):
+        parser.error(f"--vllm-python {args.vllm_python}: no program is there")
     with tempfile.TemporaryDirectory(prefix="xllm-cuda-bench-") as folder:
         job = dry(Path(folder), args.vllm_python) if args.dry_run else Job(
             args.model, args.dtype, "cuda/cuda", args.pairs, args.num_prompts, args.input_len, args.output_len, args.vllm_python, False
         )  # fmt: skip
         results: dict[str, Any] = {"job": asdict(job), "machine": machine(job)}
-        for name, part in {"conformance": conformance, "verify": verify, "throughput": throughput}.items():
-            results[name] = part(job)
+        parts = {"conformance": conformance, "verify": verify, "throughput": throughput}
+        for name, part in parts.items():
+            try:
+                results[name] = part(job)
+            except (PartError, subprocess.TimeoutExpired) as error:
+                results[name] = {"ok": False, "words": str(error)}
             print(f"{name}: {results[name]['words']}", flush=True)
-    results["ok"] = results["conformance"]["ok"] and results["verify"]["ok"]
+    results["ok"] = all(results[name]["ok"] for name in parts)
     print(json.dumps(results))
     return 0 if results["ok"] else 1
 
@@ -155,6 +166,7 @@ def throughput(job: Job) -> dict[str, Any]:
     if not job.vllm_python and not job.is_dry:
         figures = [ours(job, seed) for seed in range(job.pairs)]
         return {
+            "ok": True,
             "ours": figures,
             "vllm": None,
             "words": f"{max(figures):.1f} tokens/s at best; give --vllm-python to compare",
@@ -164,6 +176,7 @@ def throughput(job: Job) -> dict[str, Any]:
     name = "vLLM" if job.vllm_python else "ourselves (dry run)"
     words = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of {name}, {job.pairs} pairs"
     return {
+        "ok": True,
         "ours": list(ratio.ours),
         "vllm": list(ratio.theirs),
         "ratio": asdict(ratio),
@@ -179,7 +192,7 @@ def ours(job: Job, seed: int) -> float:
         "--input-len", str(job.input_len), "--output-len", str(job.output_len), "--rounds", "1", "--seed", str(seed), "--json",
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"xllm bench failed: {last_line(done)}")
+        raise PartError(f"xllm bench failed: {last_line(done)}")
     return float(json.loads(done.stdout.splitlines()[-1])["output_tokens_per_s"])
 
 
@@ -191,7 +204,7 @@ def vllm(job: Job, seed: int) -> float:
         [job.vllm_python, "-c", VLLM, question], capture_output=True, text=True, timeout=3600, check=False
     )
     if done.returncode:
-        raise SystemExit(f"vLLM failed: {last_line(done)}")
+        raise PartError(f"vLLM failed: {last_line(done)}")
     return float(json.loads(done.stdout.splitlines()[-1])["output_tokens_per_s"])
 
 

@@ -78,3 +78,15 @@ def test_wheels_generate_text_in_a_fresh_environment(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout, done.stdout
+    listed = subprocess.run(
+        [command[0], "plugins", "list", "--why"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout  # fmt: skip
+    for plugin in PLUGINS:
+        assert re.search(rf"^\w+ +loaded +{plugin.name} ", listed, re.MULTILINE), listed
+    assert "torch_npu is not installed" in listed, listed
+    listed = subprocess.run(
+        [command[0], "plugins", "list", "--why"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout  # fmt: skip
+    for plugin in PLUGINS:
+        assert re.search(rf"^\w+ +loaded +{plugin.name} ", listed, re.MULTILINE), listed
+    assert "torch_npu is not installed" in listed, listed

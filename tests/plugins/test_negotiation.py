@@ -18,6 +18,7 @@ from xllm_core.plugins import (
     DeviceSpec,
     KVStoreQuery,
     KVStoreSpec,
+    OpSpec,
     PluginInfo,
     SchedulerSpec,
     hookimpl,
@@ -47,13 +48,20 @@ def kernel(name: str, **declared: Any) -> AttentionSpec:
     return AttentionSpec(name=name, target="a:b", devices={"board"}, dtypes={"float32"}, **declared)
 
 
-def resolver(kernels: Iterable[AttentionSpec], stores: Iterable[KVStoreSpec] = (), **tables: Any) -> Resolver:
-    """Over a plugin `p` with a board, these kernels and these stores."""
-    kernels, stores = list(kernels), list(stores)
+def writer(name: str, op: str = "kv_write", **declared: Any) -> OpSpec:
+    return OpSpec(name=name, op=op, target="a:b", devices={"board"}, dtypes={"float32"}, **declared)
+
+
+def resolver(
+    kernels: Iterable[AttentionSpec], stores: Iterable[KVStoreSpec] = (), ops: Iterable[OpSpec] = (), **tables: Any
+) -> Resolver:
+    """Over a plugin `p` with a board, these kernels, these stores and these ops."""
+    kernels, stores, ops = list(kernels), list(stores), list(ops)
     module = SimpleNamespace(
         __name__="m", xllm_plugin=PluginInfo(id="p"),
         xllm_devices=hookimpl(lambda: [DeviceSpec(name="board", target=f"{HERE}:Board", is_accelerator=True)]),
         xllm_attention=hookimpl(lambda: kernels), xllm_kv_stores=hookimpl(lambda: stores),
+        xllm_ops=hookimpl(lambda: ops),
     )  # fmt: skip
     settings = Settings(**tables)
     return Resolver(settings, PluginManager.discover(settings, extra=[module]))
@@ -81,6 +89,28 @@ def test_the_store_has_a_say() -> None:
     store = KVStoreSpec(name="big", target="a:b", block_sizes={64})
     chosen = layout(resolver(kernels, [store], use={"kv_store": "p/big"}))
     assert chosen.block_size == 64 and chosen.attention["full"].name == "p/plain" and chosen.kv_store.name == "p/big"
+
+
+def test_what_stores_into_the_cache_has_a_say() -> None:
+    """A layout that no `kv_write` knows is not taken, though the best kernel reads it; nor is an op or fusion that knows another than the one
+    taken. Dies if keys are stored where nobody reads them.
+    """
+    kernels = [kernel("plain"), kernel("fast", rank=9, layouts=("BGSD",))]
+    fusion = writer("rope_kv_write", "rope_kv_write", layouts={"BGSD"}, replaces=("rope", "kv_write"))
+    ops = [writer("kv_write", layouts={"BSGD"}), writer("rope", "rope"), fusion]
+    found = resolver(kernels, ops=ops)
+    chosen = layout(found)
+    assert (chosen.kv_layout, chosen.attention["full"].name) == ("BSGD", "p/plain")
+    facts = found.device()[1]
+    writes = {name: found.op(name, facts, "float32", kv_layout="BSGD") for name in ("rope", "kv_write")}
+    taken, unused = found.fusions(writes, facts, "float32", kv_layout="BSGD")
+    assert not taken and dict(unused)["p/rope_kv_write"] == "layout BSGD not in BGSD"
+    with pytest.raises(ResolutionError, match="layout BGSD not in BSGD"):
+        found.op("kv_write", facts, "float32", kv_layout="BGSD")
+    both = resolver(kernels, ops=[*ops, writer("other", layouts={"BGSD"})])
+    assert layout(both).attention["full"].name == "p/fast", "with one for each layout the kernel decides"
+    with pytest.raises(ResolutionError, match="op p/kv_write: layouts BSGD; block sizes any"):
+        layout(resolver(kernels[1:], ops=ops))
 
 
 def test_where_nothing_meets_everybody_is_listed() -> None:

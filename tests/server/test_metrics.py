@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import FLAGS
 from tests.server.rig import JSON, Server, serving
+from xllm_core.engine.process import _StoreCounters
 
 COMPLETIONS = "/v1/completions"
 GAUGES = (
@@ -238,3 +239,37 @@ def test_preemptions(tight: Server) -> None:
     assert tight.metric("vllm:request_success_total", finished_reason="length") == 9
     assert tight.metric("vllm:generation_tokens_total") == 9 * 90, "a token that is computed again is given out once"
     assert_quiet(tight)
+
+
+@pytest.mark.slow
+def test_what_the_store_counts_is_told(tiny_model: str, tmp_path: Path) -> None:
+    """Also what it counts after the last request, while the engine sleeps; without a store there is no such series. Killed by: counters that
+    stay in the engine's process, or are told with the next request only.
+    """
+    with serving(tiny_model, tmp_path / "log.txt", *FLAGS, "--use", "kv_store=core/host") as stored:
+        body = {"prompt": [5, 6, 7, 8] * 12, "max_tokens": 2, "temperature": 0}
+        stored.post(COMPLETIONS, body)
+        deadline = time.monotonic() + 20
+        while (blocks := stored.metric("xllm:kv_store", stat="stored_blocks", model_name="tiny", engine="0")) != 3:
+            assert time.monotonic() < deadline, f"{blocks} of 3 blocks are told to be stored"
+            time.sleep(0.05)
+        assert stored.metric("xllm:kv_store", stat="used_bytes") > 0
+        assert stored.metric("xllm:kv_store", stat="loaded_blocks") == 0
+
+
+def test_without_a_store_nothing_is_told_of_one(server: Server) -> None:
+    """Killed by: zeros that look like a store."""
+    assert not [series for series in server.metrics() if series.startswith("xllm:kv_store")]
+
+
+def test_a_store_that_cannot_count_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and the engine goes on. Killed by: an engine that ends with its store's counters."""
+    asked = []
+
+    class Broken:
+        def stats(self) -> dict[str, int]:
+            asked.append(1)
+            raise RuntimeError("no counters today")
+
+    counters = _StoreCounters(Broken())  # type: ignore[arg-type]
+    assert (counters.read(), counters.read(), len(asked)) == ({}, {}, 1) and "no counters today" in caplog.text

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import select
 import signal
@@ -36,11 +37,16 @@ from xllm_core.plugins.worker import assembly_of, load_plan
 from xllm_core.types import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
+    from xllm_core.engine.build import BuiltEngine
+    from xllm_core.plugins.contracts.kv import KVStore
     from xllm_core.plugins.contracts.weights import TokenizerFiles
+
+_log = logging.getLogger("xllm.engine")
 
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 18
 _SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are still under way
+_STORE_STATS_S = 1.0  # how often a KV store is asked what it has counted
 _LOADING_EVERY_S = 0.2
 _GATHER_SHARE = (
     0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
@@ -78,11 +84,12 @@ class Channel:
 
 
 class EngineLoop:
-    """One engine, driven by its parent's messages. `run` returns when the parent says stop."""
+    """One engine, driven by its parent's messages. `run` returns when the parent says stop. store: whose counters are told too."""
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
+    def __init__(self, engine: Engine, channel: Channel, store: KVStore | None = None) -> None:
         self._engine = engine
         self._channel = channel
+        self._store = _StoreCounters(store) if store is not None else None
         kv = engine.scheduler.kv.stats()  # what the warm-up counted is nobody's business
         self._base_query_tokens, self._base_hit_tokens = kv.query_tokens, kv.hit_tokens
         self._base_replays = engine.num_replays
@@ -120,7 +127,9 @@ class EngineLoop:
     def _patience_s(self) -> float | None:
         if self._engine.has_work:
             return 0
-        return _SETTLE_S if self._engine.scheduler.kv.stats().held_blocks else None
+        if self._engine.scheduler.kv.stats().held_blocks:
+            return _SETTLE_S
+        return _STORE_STATS_S if self._store is not None else None  # a store goes on counting by itself
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, messages.Submit):
@@ -165,12 +174,35 @@ class EngineLoop:
             num_preemptions=scheduler.stats.num_preemptions - self._base_preemptions,
             query_tokens=kv.query_tokens - self._base_query_tokens, hit_tokens=kv.hit_tokens - self._base_hit_tokens,
             num_replays=self._engine.num_replays - self._base_replays,
+            store=self._store.read() if self._store is not None else {},
         )  # fmt: skip
+
+
+class _StoreCounters:
+    """What a KV store counts, read once in a while: it may stand behind a lock, and steps must not wait. One that raises is asked no more."""
+
+    def __init__(self, store: KVStore) -> None:
+        self._store: KVStore | None = store
+        self._counters: dict[str, int] = {}
+        self._due_s = 0.0
+
+    def read(self) -> dict[str, int]:
+        """As of a second ago at most."""
+        now_s = time.monotonic()
+        if self._store is None or now_s < self._due_s:
+            return self._counters
+        self._due_s = now_s + _STORE_STATS_S
+        try:
+            self._counters = {str(name): int(count) for name, count in self._store.stats().items()}
+        except Exception:  # noqa: BLE001  a store that cannot count still holds blocks
+            _log.exception("the KV store's counters cannot be read, and are left out from now on")
+            self._store, self._counters = None, {}
+        return self._counters
 
 
 def build(
     settings: Settings, channel: Channel, planned: messages.Planned | None
-) -> tuple[Engine, EngineInfo, messages.TextFiles]:
+) -> tuple[BuiltEngine, EngineInfo, messages.TextFiles]:
     """Find, load and connect everything; tells the parent of each phase that has ended. planned: what another process has decided already."""
     from xllm_core.engine.build import build_engine, call_in, load_model, worker_thread
 
@@ -191,7 +223,7 @@ def build(
         clock.end("warm-up", "two requests of two tokens")
         files = text.result()
     clock.end("tokenizer", Path(files.tokenizer_json).name if files.tokenizer_json else "none")
-    return built.engine, info, files
+    return built, info, files
 
 
 def _decide(settings: Settings, channel: Channel, clock: _Phases) -> Assembly:
@@ -275,9 +307,10 @@ def main(arguments: list[str]) -> int:
         if not isinstance(start, messages.Start):
             raise RuntimeError(f"the first message was {type(start).__name__}, not Start")
         settings = Settings.from_tables(start.tables)
-        engine, info, text = build(settings, channel, start.planned)
+        built, info, text = build(settings, channel, start.planned)
+        engine = built.engine
         channel.send(messages.Ready(info, text))
-        EngineLoop(engine, channel).run(early)
+        EngineLoop(engine, channel, built.store).run(early)
     except EOFError:
         return 0
     except BaseException as error:  # noqa: BLE001  whatever it was, the parent must hear of it, and this process ends

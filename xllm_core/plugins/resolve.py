@@ -96,8 +96,12 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
     shape = family.shape(config)
     dtype, dtype_reason = resolver.dtype(config, facts, model)
     layout = resolver.layout(family.attention(config), facts, dtype)
-    ops = {name: resolver.op(name, facts, dtype, asked_by=model.name) for name in ops_of(family, config)}
-    fusions, unused_fusions = resolver.fusions(ops, facts, dtype)
+    kv_layout = layout.kv_layout
+    ops = {
+        name: resolver.op(name, facts, dtype, asked_by=model.name, kv_layout=kv_layout)
+        for name in ops_of(family, config)
+    }
+    fusions, unused_fusions = resolver.fusions(ops, facts, dtype, kv_layout=kv_layout)
     plan = AssemblyPlan(
         model_path=str(checkpoint.path),
         architecture=shape.architecture,
@@ -117,13 +121,18 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         kv_store=layout.kv_store,
         observers=resolver.all_of("observers", is_default_all=False)[0],
         block_size=layout.block_size,
-        kv_layout=layout.kv_layout,
+        kv_layout=kv_layout,
         max_model_len=resolver.max_model_len(shape),
         unused_fusions=unused_fusions,
         plugin_settings=manager.tables,
     )
     manager.lock()
     return Assembly(plan, checkpoint, facts, family, shape, family.kv_groups(config, dtype))
+
+
+def _op_query(name: str, facts: DeviceFacts, dtype: str, kv_layout: str | None) -> OpQuery:
+    layout = kv_layout or (facts.kv_layouts[0] if facts.kv_layouts else "BSGD")
+    return OpQuery(op=name, device_kind=facts.kind, dtype=dtype, kv_layout=layout)
 
 
 def load_family(choice: Choice) -> ModelFamily:
@@ -255,6 +264,7 @@ class Resolver:
     def layout(self, groups: Mapping[str, Mapping[str, Any]], facts: DeviceFacts, dtype: str) -> _Layout:
         """Block size, KV layout, one kernel per group and the store that `[use]` names, chosen together, as they share one cache.
 
+        Only layouts that an op `kv_write` of the device knows are looked at.
         Of the combinations that serve all of them the one with the best-ranked kernels is taken, then the device's first.
         """
         wanted = self.settings.kv.block_size
@@ -263,6 +273,7 @@ class Resolver:
                 f"[kv] block_size = {wanted}: {facts.name} takes {', '.join(map(str, facts.block_sizes))}"
             )
         sizes = (wanted,) if wanted is not None else facts.block_sizes or (_DEFAULT_BLOCK_SIZE,)
+        writers = self._writers(facts)
         found: list[_Layout] = []
         errors: list[ResolutionError] = []
         for kv_layout, block_size in itertools.product(facts.kv_layouts, sizes):
@@ -271,6 +282,8 @@ class Resolver:
                 for name, entry in groups.items()
             }
             try:
+                if writers:  # with none at all, the choice of ops says so
+                    self.op("kv_write", facts, dtype, kv_layout=kv_layout)
                 attention = {name: self.attention(name, entry, facts) for name, entry in geometry.items()}
                 store = self.kv_store(KVStoreQuery(device_kind=facts.kind, kv_layout=kv_layout, block_size=block_size))
                 found.append(_Layout(block_size, kv_layout, geometry, attention, store))
@@ -301,6 +314,7 @@ class Resolver:
             f"device {facts.name}: layouts {', '.join(facts.kv_layouts)}; block sizes {', '.join(map(str, sizes))}"
         ]
         lines += [kv_offers(f"kernel {offer.name}", offer.spec) for offer in self.offers("attention")]
+        lines += [kv_offers(f"op {offer.name}", offer.spec) for offer in self._writers(facts)]
         if isinstance(store, str):
             named = find_named(store, self.offers("kv_store"), "[use] kv_store")
             lines.append(kv_offers(f"store {named.name}", named.spec))
@@ -315,10 +329,16 @@ class Resolver:
             need=describe_geometry(geometry, facts.kind), query=query,
         )  # fmt: skip
 
-    def op(self, name: str, facts: DeviceFacts, dtype: str, *, asked_by: str = "") -> Choice:
-        """The implementation of one op. asked_by: the family that needs it, where not every model does."""
+    def _writers(self, facts: DeviceFacts) -> list[Offer]:
+        """Ops `kv_write` for this device."""
+        return [o for o in self.offers("op") if o.spec.op == "kv_write" and facts.kind in o.spec.devices]
+
+    def op(
+        self, name: str, facts: DeviceFacts, dtype: str, *, asked_by: str = "", kv_layout: str | None = None
+    ) -> Choice:
+        """The implementation of one op. asked_by: the family that needs it, where not every model does. kv_layout: None for the device's best."""
         offers = [offer for offer in self.offers("op") if offer.spec.op == name]
-        query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
+        query = _op_query(name, facts, dtype, kv_layout)
         need = f"{name} on {facts.kind} in {dtype}"
         if asked_by and name not in CORE_OPS:
             kinds = sorted({kind for offer in offers for kind in offer.spec.devices}) or ["no device"]
@@ -326,14 +346,14 @@ class Resolver:
         return choose(f"op.{name}", offers, self.settings, partial(unfit_op, query=query), need=need, query=query)
 
     def fusions(
-        self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str
+        self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str, *, kv_layout: str | None = None
     ) -> tuple[dict[str, Choice], tuple[tuple[str, str], ...]]:
-        """Fusions to take instead of the ops chosen, by name; and (name, reason) of those that are offered and not taken."""
+        """Fusions to take instead of the ops chosen, by name; and (name, reason) of those that are offered and not taken. kv_layout: as for `op`."""
         offers = [offer for offer in self.offers("op") if offer.spec.replaces]
         taken: dict[str, Choice] = {}
         unused: list[tuple[str, str]] = []
         for name in sorted({offer.spec.op for offer in offers}):
-            query = OpQuery(op=name, device_kind=facts.kind, dtype=dtype)
+            query = _op_query(name, facts, dtype, kv_layout)
             unfit = partial(unfit_fusion, query=query, ops=ops, offers=self.offers("op"), settings=self.settings)
             named = [offer for offer in offers if offer.spec.op == name]
             need = f"{name} on {facts.kind} in {dtype}"

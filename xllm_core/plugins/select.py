@@ -226,8 +226,12 @@ def device_refusals(offers: Sequence[Offer], settings: Settings, *, timeout_s: f
 
 
 def unfit_op(offer: Offer, query: OpQuery) -> str:
-    """Why an op offer cannot serve on this device in this dtype."""
-    return _reasons(device=(query.device_kind, offer.spec.devices), dtype=(query.dtype, offer.spec.dtypes))
+    """Why an op offer cannot serve on this device in this dtype, with the cache laid out so."""
+    return _reasons(
+        device=(query.device_kind, offer.spec.devices),
+        dtype=(query.dtype, offer.spec.dtypes),
+        layout=(query.kv_layout, offer.spec.layouts or {query.kv_layout}),
+    )
 
 
 def unfit_fusion(
@@ -286,8 +290,10 @@ def unfit_attention(offer: Offer, query: AttentionQuery) -> str:
 
 
 def kv_offers(what: str, spec: object) -> str:
-    """What a part offers of KV layouts and block sizes, for people. spec: anything with `layouts` and `block_sizes`."""
-    layouts, sizes = (", ".join(map(str, sorted(getattr(spec, name)))) or "any" for name in ("layouts", "block_sizes"))
+    """What a part offers of KV layouts and block sizes, for people. spec: anything with `layouts`, and perhaps `block_sizes`."""
+    layouts, sizes = (
+        ", ".join(map(str, sorted(getattr(spec, name, ())))) or "any" for name in ("layouts", "block_sizes")
+    )
     return f"{what}: layouts {layouts}; block sizes {sizes}"
 
 

@@ -72,12 +72,14 @@ class OpSpec(Spec):
 
     replaces: for a fusion, the ops it stands for, in order (`contracts.ops.CORE_FUSIONS`). It is taken where each of them would have been
         chosen with no higher rank, and none of them is pinned; `[engine] fusions = false` leaves all of them out.
+    layouts: KV layouts that an op which stores into the cache knows (`kv_write`, `rope_kv_write`); empty means any, as for ops that never see it.
     """
 
     op: str
     devices: frozenset[str]
     dtypes: frozenset[str]
     replaces: tuple[str, ...] = ()
+    layouts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

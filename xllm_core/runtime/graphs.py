@@ -135,7 +135,7 @@ def buckets(max_rows: int) -> tuple[int, ...]:
     sizes = [1, 2, 4, 8]
     while sizes[-1] < max_rows:
         sizes.append(max(16, sizes[-1] + 16) if sizes[-1] >= 16 else 16)
-    return tuple(size for size in sizes if size < max_rows) + (next(size for size in sizes if size >= max_rows),)
+    return (*tuple(size for size in sizes if size < max_rows), next(size for size in sizes if size >= max_rows))
 
 
 def why_no_graphs(device: DeviceBackend, kernels: Mapping[str, AttentionKernel]) -> str:

@@ -181,6 +181,8 @@ class Metrics:
         self._queries[engine].inc(stats.query_tokens - seen.query_tokens)
         self._hits[engine].inc(stats.hit_tokens - seen.hit_tokens)
         self._replays[engine].inc(stats.num_replays - seen.num_replays)
+        for name, count in stats.store.items():
+            self._store.labels(self._model_name, str(engine), name).set(count)
 
     # ---- the server's own ----------------------------------------------------------------------------------------------------
 
@@ -289,4 +291,6 @@ class Metrics:
         self._ignored = Counter(
             "xllm:fields_ignored", "Harmless fields that were passed over", ["field"], registry=registry
         )
+        what = "What the KV store counts, by its own names; empty without a store"
+        self._store = Gauge("xllm:kv_store", what, ["model_name", "engine", "stat"], registry=registry)
         self._draining = Gauge("xllm:is_draining", "1 while the server takes no new work", registry=registry)

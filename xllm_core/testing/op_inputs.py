@@ -103,6 +103,8 @@ def _rms_norm(draw: Draw, tokens: int) -> Iterable[Call]:
     yield Call((draw(tokens, 64, spread=3.0), draw(64), 1e-5))
     yield Call((draw(tokens, 3, 40, spread=0.01), draw(40), 1e-6))
     yield Call((draw(tokens, 17) * 0, draw(17), 1e-6))
+    yield Call((draw(tokens, 2, 3, 24), draw(24), 1e-6))
+    yield Call((draw(tokens, 24, 3).transpose(1, 2), draw(24), 1e-6))
 
 
 def _add_rms_norm(draw: Draw, tokens: int) -> Iterable[Call]:

@@ -13,7 +13,7 @@ SOME = {
     "static": ("-k", "test_static"),
     "ops": ("-k", "test_op"),
     "attention": ("-k", "test_attention and (undeclared or (D16-S5- and (float32 or soft_cap)))"),
-    "sampler": ("-k", "test_sampler and (triton-all or (reference_s and min_p))"),
+    "sampler": ("-k", "test_sampler and (triton-all or equal or (reference_s and min_p))"),
 }
 PARTS = {
     "ops": ["op cuda/add_rms_norm", "op cuda/block_copy", "op cuda/embedding", "op cuda/kv_write", "op cuda/linear", "op cuda/rms_norm",

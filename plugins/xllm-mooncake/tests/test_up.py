@@ -6,13 +6,18 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from xllm_mooncake import remote
 from xllm_mooncake.client import answers
 from xllm_mooncake.settings import MooncakeTable
 from xllm_mooncake.store import MooncakeStore
@@ -86,6 +91,14 @@ def test_up_refuses_a_port_that_is_taken(master: Master) -> None:
     assert (done.returncode, "give another with --port" in done.stderr) == (1, True), done.stderr
 
 
+def test_up_refuses_one_port_for_both() -> None:
+    """Before anything starts. Killed by: a master said to be ready, which then ends."""
+    done = subprocess.run(
+        [*XLLM, "--port", "50051", "--metrics-port", "50051"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "") and "cannot serve both" in done.stderr, done.stdout + done.stderr
+
+
 def test_up_names_what_is_missing(tmp_path: Path) -> None:
     """Without the wheel: what to install. The child's path has everything but Mooncake."""
     code = (
@@ -128,6 +141,59 @@ def test_without_a_master() -> None:
     store = MooncakeStore({**settings, "must_start": False}, geometry("BSGD", 4))
     assert store.stats()["breaker_is_open"] == 1
     store.close()
+    with pytest.raises(ConfigError, match="no master answers there"):  # no host can have that name
+        MooncakeStore({**SMALL, "master": f"{'a' * 64}:50051"}, geometry("BSGD", 4))
+
+
+@contextmanager
+def silent_listener(port: int) -> Iterator[list[socket.socket]]:
+    """Takes connections and says nothing; at the end it drops them. Yields them."""
+    taken: list[socket.socket] = []
+
+    def take() -> None:
+        with suppress(OSError):
+            while True:
+                taken.append(listener.accept()[0])
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield taken
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for one in taken:
+                one.close()
+
+
+def test_what_listens_there_is_no_master(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in so many words after a while; and once a master has taken the port, a store that began without it is connected. Killed by: a
+    client whose set-up was given up, failed later, and is asked for ever as if it were connected.
+    """
+    monkeypatch.setattr(remote, "_SETUP_TIMEOUT_S", 0.5)
+    master = Master()
+    master.kill()
+    settings = {**master.settings, "must_start": False}
+    with silent_listener(master.port), pytest.raises(ConfigError, match="is it a mooncake_master"):
+        MooncakeStore(master.settings, geometry("BSGD", 4))
+    store = MooncakeStore(settings, geometry("BSGD", 4))
+    try:
+        with silent_listener(master.port) as taken:
+            wait_for(lambda: len(taken) > 1, "a set-up")
+            wait_for(
+                lambda: "set-up" in store._remote._breaker.reason or "setup" in store._remote._breaker.reason, "its end"
+            )
+        monkeypatch.undo()
+        time.sleep(0.5)  # long enough for the set-up to fail
+        master.restart()
+        wait_for(lambda: not store.stats()["breaker_is_open"], "closed breaker", timeout_s=15.0)
+    finally:
+        store.close()
+        master.kill()
 
 
 @pytest.mark.parametrize(
@@ -135,6 +201,7 @@ def test_without_a_master() -> None:
     [
         ({"master": "here"}, "HOST:PORT"),
         ({"master": "h:0"}, "HOST:PORT"),
+        ({"master": "h:²"}, "HOST:PORT"),
         ({"secret": "x" * 65}, "64 bytes"),
         ({"mastr": "h:1"}, "mastr"),
     ],

@@ -22,11 +22,12 @@ class AttentionQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpQuery:
-    """An implementation of an op."""
+    """An implementation of an op. kv_layout: of the cache that it may have to store into."""
 
     op: str
     device_kind: str
     dtype: str
+    kv_layout: str = "BSGD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

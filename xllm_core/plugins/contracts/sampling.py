@@ -42,10 +42,11 @@ class LogitsProcessor(Protocol):
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """Columns for the S samples of one step, on the sampler's device; None where no row of the batch uses the feature.
+    """Columns for the S samples of one step.
 
-    temperature [S] float32 (0 greedy), top_k [S] int64 (0 off), top_p [S] float32, min_p [S] float32.
-    seeds [S] int64, indices [S] int64, positions [S] int64: arguments of the noise.
+    On the sampler's device, None where no row of the batch uses the feature: temperature [S] float32 (0 greedy), top_k [S] int64 (0 off),
+    top_p [S] float32, min_p [S] float32. On the host: seeds [S] int64, indices [S] int64, positions [S] int64, the arguments of the noise,
+    from which `stream_keys` makes keys there.
     """
 
     is_all_greedy: bool

@@ -15,6 +15,8 @@ from xllm_core.testing.plugin import Kit, kit_of
 from xllm_core.testing.subject import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from xllm_core.plugins.contracts.device import DeviceBackend
@@ -115,9 +117,13 @@ def calls(inputs: OpInputs, dtype: str, tokens: int, device: DeviceBackend) -> l
     return list(inputs.calls(draw, tokens))
 
 
-def layouts(device: DeviceBackend, inputs: OpInputs) -> tuple[str, ...]:
-    """Every KV layout of the device for ops that touch the cache."""
-    return device.facts().kv_layouts if inputs.caches else ("BSGD",)
+def layouts(device: DeviceBackend, inputs: OpInputs, declared: Collection[str]) -> tuple[str, ...]:
+    """Every KV layout of the device that the op declares, for ops that touch the cache; one that declares none takes all."""
+    if not inputs.caches:
+        return ("BSGD",)
+    known = tuple(layout for layout in device.facts().kv_layouts if not declared or layout in declared)
+    assert known, f"it declares {', '.join(sorted(declared))}, the device has {', '.join(device.facts().kv_layouts)}"
+    return known
 
 
 def test_it_equals_the_reference(case: Case, xllm_kit: Kit) -> None:
@@ -128,7 +134,7 @@ def test_it_equals_the_reference(case: Case, xllm_kit: Kit) -> None:
     device, inputs = ready(xllm_kit, case)
     name = case.part.spec.op
     definition = Bound(oracle(name)(ReferenceDevice(0)), ReferenceDevice(0), inputs, "BSGD")
-    for layout in layouts(device, inputs):
+    for layout in layouts(device, inputs, case.part.spec.layouts):
         op = Bound(case.part.build(device), device, inputs, layout)
         for tokens in TOKENS:
             for number, call in enumerate(calls(inputs, case.dtype, tokens, device)):
@@ -201,9 +207,12 @@ def test_its_name_means_something(part: Part) -> None:
 
 @pytest.mark.spec_only
 def test_undeclared_is_refused(part: Part) -> None:
-    """Another device or dtype than declared is refused before anything is imported."""
+    """Another device, dtype or KV layout than declared is refused before anything is imported."""
     spec = part.spec
-    kind, dtype = min(spec.devices), min(spec.dtypes)
-    assert not unfit_op(part.offer, OpQuery(op=spec.op, device_kind=kind, dtype=dtype))
-    assert unfit_op(part.offer, OpQuery(op=spec.op, device_kind="unheard-of", dtype=dtype))
-    assert unfit_op(part.offer, OpQuery(op=spec.op, device_kind=kind, dtype="float8_unheard_of"))
+    fitting = OpQuery(
+        op=spec.op, device_kind=min(spec.devices), dtype=min(spec.dtypes), kv_layout=min(spec.layouts, default="BSGD")
+    )
+    assert not unfit_op(part.offer, fitting)
+    assert unfit_op(part.offer, replace(fitting, device_kind="unheard-of"))
+    assert unfit_op(part.offer, replace(fitting, dtype="float8_unheard_of"))
+    assert not spec.layouts or unfit_op(part.offer, replace(fitting, kv_layout="unheard-of"))

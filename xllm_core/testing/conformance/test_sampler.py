@@ -146,6 +146,22 @@ def test_noise_is_a_function_of_its_arguments(part: Part, sampler: Sampler, devi
         assert same <= ROWS // 8, f"{same} of {ROWS} rows draw the same token under other {name}"
 
 
+def test_equal_scores_stay_together(part: Part, sampler: Sampler, device: DeviceBackend) -> None:
+    """A filter keeps all scores that equal the last one it keeps, and -0.0 equals 0.0."""
+    import torch
+
+    batch = rows_of(mixed(device)[1], range(8))
+    ones = torch.ones_like(batch.temperature)  # type: ignore[arg-type]
+    flat, signed = torch.zeros(8, VOCAB), torch.zeros(8, VOCAB)
+    signed[:, 1::2] = -0.0
+    batch = replace(batch, temperature=ones, top_k=None, top_p=None, min_p=None)
+    unfiltered = sample(sampler, device, flat, batch)
+    filters: dict[str, dict[str, Any]] = {"top_p": {"top_p": ones * 1e-3}, "min_p": {"min_p": ones}}
+    for name, column in filters.items():
+        found = sample(sampler, device, signed, replace(batch, **column))
+        assert found == unfiltered, f"{name} parts scores that are equal"
+
+
 @pytest.mark.parametrize(
     "without",
     [(), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p"), ("top_k", "top_p", "min_p")],

@@ -41,7 +41,7 @@ def xllm_ops() -> Iterable[OpSpec]:
         for op, name in classes.items():
             yield OpSpec(
                 name=op, op=op, target=f"xllm_ascend.{module}:{name}", rank=50, requires=_TORCH_NPU, devices=_NPU, dtypes=_DTYPES,
-                summary=summary,
+                layouts=frozenset({"BSGD"}) if op == "kv_write" else frozenset(), summary=summary,
             )  # fmt: skip
 
 

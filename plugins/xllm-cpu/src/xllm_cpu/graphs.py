@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xllm_core.plugins import NotCapturableError
-from xllm_cpu.native import MAX_ARGUMENTS, Library, RecordedCall
+from xllm_cpu.native import Library, RecordedCall
 
 aten = torch.ops.aten
 

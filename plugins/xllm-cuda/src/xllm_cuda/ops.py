@@ -23,9 +23,9 @@ class RmsNorm:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x: [T, ..., H]. Two strides tell where a row begins, so that no view of two or three dimensions is copied."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.dim() > 3 or x.stride(-1) != 1:
             x = x.contiguous().view(-1, x.shape[-1])
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         inner = x.shape[1] if x.dim() == 3 else 1
         num_rows, size = x.numel() // x.shape[-1], x.shape[-1]
         tiling = norm_tiling(size)

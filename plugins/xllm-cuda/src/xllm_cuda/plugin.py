@@ -20,6 +20,8 @@ xllm_plugin = PluginInfo(id="cuda", xllm_api=">=0.1", config="xllm_cuda.settings
 _CUDA = frozenset({"cuda"})
 _DTYPES = frozenset({"float32", "float16", "bfloat16"})
 _TRITON = ("triton",)
+_LAYOUTS = frozenset({"BSGD"})
+"""What the kernels that store into the cache know."""
 
 
 @hookimpl
@@ -45,7 +47,7 @@ def xllm_ops() -> Iterable[OpSpec]:
     for op, name in kernels.items():
         yield OpSpec(
             name=op, op=op, target=f"xllm_cuda.ops:{name}", rank=50, requires=_TRITON, devices=_CUDA, dtypes=_DTYPES,
-            replaces=CORE_FUSIONS.get(op, ()), summary="a Triton kernel",
+            replaces=CORE_FUSIONS.get(op, ()), layouts=_LAYOUTS if "kv_write" in op else frozenset(), summary="a Triton kernel",
         )  # fmt: skip
     for op, name in {"linear": "Linear", "embedding": "Embedding"}.items():
         yield OpSpec(

@@ -178,6 +178,6 @@ def answers(address: str, timeout_s: float = 0.25) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for a name that no host can have
         return False
     return True

@@ -33,6 +33,8 @@ def up(port: int, metrics_port: int) -> None:
     engine whose memory they are in.
     """
     address = f"127.0.0.1:{port}"
+    if port == metrics_port:
+        raise click.ClickException(f"port {port} cannot serve both; give another with --port or --metrics-port")
     for number, option in ((port, "--port"), (metrics_port, "--metrics-port")):
         if answers(f"127.0.0.1:{number}"):
             raise click.ClickException(f"port {number} of 127.0.0.1 is taken; give another with {option}")

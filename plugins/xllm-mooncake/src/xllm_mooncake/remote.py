@@ -134,14 +134,23 @@ class Remote:
         if not answers(self._master):
             raise ClientError("no master answers there")
         if not self._client.is_running:
-            self._client.start()
+            self._set_up()
+        if self._client.call("exist", timeout_s=_PROBE_TIMEOUT_S, keys=[_PROBE_KEY])[0] < 0:
+            raise ClientError("the master does not answer the client")
+
+    def _set_up(self) -> None:
+        """A new process whose store is connected, or none: one that is half set up would be asked for ever, in vain."""
+        self._client.start()
+        try:
             codes = self._client.call(
                 "setup", timeout_s=_SETUP_TIMEOUT_S, host=self._settings["host"], master=self._master,
                 segment_bytes=self._settings["segment_bytes"], replicas=self._settings["replicas"],
             )  # fmt: skip
-            if any(codes):
-                self._client.kill()
-                raise ClientError(f"Mooncake's set-up failed with {codes}{self._client.last_words}")
-            _log.info("Mooncake's client is process %d of engine process %d", self._client.pid, os.getpid())
-        if self._client.call("exist", timeout_s=_PROBE_TIMEOUT_S, keys=[_PROBE_KEY])[0] < 0:
-            raise ClientError("the master does not answer the client")
+        except ClientError as error:
+            self._client.kill()
+            doubt = ", though something listens there: is it a mooncake_master, and is it well?"
+            raise ClientError(f"{error}{doubt if isinstance(error, LateError) else ''}") from error
+        if any(codes):
+            self._client.kill()
+            raise ClientError(f"Mooncake's set-up failed with {codes}{self._client.last_words}")
+        _log.info("Mooncake's client is process %d of engine process %d", self._client.pid, os.getpid())

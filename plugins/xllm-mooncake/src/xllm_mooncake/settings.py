@@ -53,7 +53,7 @@ class MooncakeTable(BaseModel):
     @classmethod
     def _has_port(cls, value: str) -> str:
         host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"{value!r} is not HOST:PORT, e.g. 127.0.0.1:50051")
         return value
 

@@ -16,8 +16,8 @@ _MIX_2 = tl.constexpr(-7723592293110705685)  # 0x94D049BB133111EB
 
 @triton.jit
 def ordered(scores):
-    """float32 -> uint32 in the same order; -0.0 stands just before 0.0."""
-    bits = scores.to(tl.uint32, bitcast=True)
+    """float32 -> uint32 in the same order; -0.0 is 0.0, or a filter would part scores that are equal."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 

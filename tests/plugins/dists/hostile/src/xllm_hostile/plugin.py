@@ -25,7 +25,8 @@ def xllm_ops() -> Iterable[OpSpec]:
     for op in CORE_OPS:
         attribute = "".join(part.capitalize() for part in op.split("_"))
         target = f"{_HOME}:HostileKvWrite" if op == "kv_write" else f"xllm_core.reference.ops:{attribute}"
-        yield OpSpec(name=op, op=op, target=target, devices=_DEVICES, dtypes=_DTYPES)
+        layouts = frozenset({"BGSD"}) if op == "kv_write" else frozenset()
+        yield OpSpec(name=op, op=op, target=target, devices=_DEVICES, dtypes=_DTYPES, layouts=layouts)
     for fusion, target in (
         ("linear_silu_mul", "xllm_core.reference.ops:LinearSiluMul"),
         ("rope_kv_write", f"{_HOME}:HostileRopeKvWrite"),

@@ -1,0 +1,42 @@
+"""The one command for a real GPU: without one it refuses in words and JSON, and its dry run goes through all its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+
+
+def benchmark(*arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, object]]:
+    """The command as the README has it, and its last line."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.cuda", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.stdout.strip(), done.stderr[-3000:]
+    return done, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_what_is_missing() -> None:
+    """Killed by: parts that start all the same, or output that no program can read."""
+    done, said = benchmark("--model", "nothing")
+    assert done.returncode == 2 and said["ok"] is False and "no NVIDIA driver" in str(said["problem"])
+    assert "--dry-run" in done.stderr
+
+
+@pytest.mark.nightly
+def test_a_part_that_fails_takes_nothing_with_it() -> None:
+    """All of it on the reference; vLLM's environment is one in which every command fails. Killed by: an option of a command that does not exist
+    any more, and by a failure that ends the command before its JSON.
+    """
+    done, said = benchmark("--dry-run", "--vllm-python", "/bin/false")
+    ok = {name: said[name]["ok"] for name in ("conformance", "verify", "throughput")}  # type: ignore[index]
+    assert ok == {"conformance": True, "verify": True, "throughput": False}, done.stdout[-3000:]
+    assert (done.returncode, said["ok"]) == (1, False) and "vLLM failed" in said["throughput"]["words"]  # type: ignore[index]
