@@ -27,6 +27,7 @@ from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import AssemblyPlan
 from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.runtime.graphs import why_no_graphs
 from xllm_core.testing import verify_kv
 from xllm_core.testing.driving import Key, Tokens, drive
 from xllm_core.testing.matrix import FULL as FULL
@@ -177,6 +178,24 @@ class Verifier:
 
     # ---- what rows share -------------------------------------------------------------------------------------------------------
 
+    def graph_replay(self) -> Outcome:
+        """Decode steps from recorded graphs, planned ahead. Requests end one after the other, so that every bucket serves fewer and fewer rows."""
+        shorter, expected = [], Tokens()
+        for i, request in enumerate(self.requests):
+            length = max(1, self.scale.new_tokens - i % self.scale.new_tokens)
+            shorter.append(replace(request, params=replace(request.params, max_tokens=length)))
+            expected[request.request_id, 0] = self.baseline[request.request_id, 0][:length]
+        built = self._build(max_num_seqs=len(shorter), graphs=True, overlap=True)
+        try:
+            got = drive(built.engine, shorter)
+            stats = built.worker.graph_stats()
+            reason = stats.why_not if stats is not None else why_no_graphs(built.loaded.device, built.loaded.kernels)
+            if reason:
+                raise NotApplicableError(reason)
+            return Outcome(got, built.engine.num_replays, "steps replayed", expected, shorter)
+        finally:
+            built.engine.close()
+
     def _several(self) -> tuple[list[EngineRequest], Tokens]:
         """Requests of three sequences, and what these say when they never share anything."""
         several = [replace(r, params=replace(r.params, n=3)) for r in self.requests]
@@ -293,7 +312,8 @@ class Verifier:
         return build_engine(assembly, made, loaded=self.plain.loaded if self.plain is not None else None)
 
     def _made(self, **settings: Any) -> Settings:
-        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, "overlap": False, **settings}
+        plain = {"overlap": False, "graphs": False}
+        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, **plain, **settings}
         return Settings.from_flags(path=self._model, **flat)
 
     def capacity_tokens(self, **settings: Any) -> int:
@@ -368,6 +388,7 @@ ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "n > 1 forks": Verifier.forks,
     "resume": Verifier.resume,
     "neighbours aborted": Verifier.aborts,
+    "graph replay": Verifier.graph_replay,
     "overlap, stops": Verifier.overlap_stops,
     "overlap, n > 1": Verifier.overlap_forks,
     "overlap, aborts": Verifier.overlap_aborts,
