@@ -144,21 +144,23 @@ def _list_ms(site: Path) -> float:
 
 def assemble_once(model: str) -> dict[str, Any]:
     """In a child: one assembly."""
+    import importlib_metadata
+
     from xllm_core.config import Settings
-    from xllm_core.plugins import manager as manager_module
+    from xllm_core.plugins.manager import PluginManager
     from xllm_core.plugins.resolve import assemble
 
-    found = manager_module.importlib_metadata.entry_points
+    found = importlib_metadata.entry_points
     calls = []
 
     def counted(**wanted: str) -> Any:
         calls.append(wanted)
         return found(**wanted)
 
-    manager_module.importlib_metadata.entry_points = counted
+    importlib_metadata.entry_points = counted
     started_s = time.perf_counter()
     settings = Settings(model={"path": model})
-    manager = manager_module.PluginManager.discover(settings).load()
+    manager = PluginManager.discover(settings).load()
     has_torch = "torch" in sys.modules
     loaded_s = time.perf_counter()
     import torch  # noqa: F401  both arms need it for the device; its time is not ours

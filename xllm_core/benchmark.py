@@ -73,7 +73,8 @@ def run_round(processor: Processor, load: Load, *, name: str = "round", show: bo
 def report(processor: Processor, load: Load, results: Sequence[Result]) -> dict[str, Any]:
     """The figures of the median round, with every round's throughput beside it.
 
-    early_share: of its steps, planned before the forward of the one before had ended; 0 without overlap.
+    early_share: of its steps, planned before the forward of the one before had ended; 0 without overlap. replayed_share: of its
+    steps, replayed from recorded graphs.
     """
     ranked = sorted(results, key=lambda r: r.elapsed_s)
     middle = ranked[len(ranked) // 2]
@@ -91,6 +92,7 @@ def report(processor: Processor, load: Load, results: Sequence[Result]) -> dict[
         "step_ms": step_split(middle.records),
         "num_steps": len(middle.records),
         "early_share": round(early_share(middle.records), 4),
+        "replayed_share": round(sum(r.is_replayed for r in middle.records) / max(1, len(middle.records)), 4),
         "peak_memory_bytes": peak_memory_bytes(),
         "load": asdict(load),
         "model": info.model,

@@ -67,6 +67,10 @@ class EngineTable(Table):
     overlap: bool = Field(
         True, description="Plan each step while the one before it runs, with the worker on a thread of its own."
     )
+    graphs: bool = Field(
+        True,
+        description="Replay decode steps from recorded graphs where the device, its kernels and the model allow it.",
+    )
     fusions: bool = Field(True, description="Take ops that stand for several where a plugin offers them.")
 
 

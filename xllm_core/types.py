@@ -209,12 +209,14 @@ class StepTimes:
     """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens.
 
     forward_ended_s: `time.perf_counter` after the last call of the forward (a device may still be busy with it).
+    is_replayed: the forward came from a recorded graph.
     """
 
     prepare_s: float = 0.0
     forward_s: float = 0.0
     sample_s: float = 0.0
     forward_ended_s: float = 0.0
+    is_replayed: bool = False
 
 
 @dataclass(slots=True)

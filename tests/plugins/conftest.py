@@ -15,7 +15,7 @@ from types import MappingProxyType
 import importlib_metadata
 import pytest
 
-from tests.plugins.alone.hiding import hide_installed
+from tests.plugins.alone.hiding import seen_distributions
 
 DISTS = Path(__file__).parent / "dists"
 ALONE = Path(__file__).parent / "alone"
@@ -40,7 +40,7 @@ def write_dist_info(dist: Path, site: Path) -> None:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else is installed here is not seen, in this process and in children: reports are compared whole."""
-    monkeypatch.setattr(importlib_metadata, "entry_points", hide_installed)
+    monkeypatch.setattr(importlib_metadata, "distributions", seen_distributions)
     monkeypatch.setenv("PYTHONPATH", str(ALONE))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_models import make_tiny
+from xllm_core import LLM, SamplingParams
 from xllm_core.engine import build
 from xllm_core.engine.flight import Flight
 from xllm_core.engine.scheduler import Scheduler
@@ -59,6 +60,36 @@ def test_large_blocks_are_outgrown_too(model: str, block_size: int) -> None:
         only=rows
     )
     assert [row.activity > 0 for row in report.rows] == [True, True] and report.has_passed
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_full_and_windowed_layers_in_one_model(tmp_path: Path, block_size: int) -> None:
+    """The window's pool is the smaller one, and still holds the longest sequence. Dies if the pool is sized for the first KV group alone."""
+    layers = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    mixed = make_tiny("qwen2", tmp_path / "m", max_position_embeddings=1024, initializer_range=0.5, **layers)
+    rows = ("prefix cache", "preemption", "overlap, preemption")
+    report = Verifier(
+        str(mixed), scale=SMALL, memory_bytes=1 << 26, block_size=block_size, device="core/reference"
+    ).run(only=rows)
+    assert report.has_passed, report.rows
+    assert all(row.activity > 0 for row in report.rows)
+
+
+def test_a_window_takes_a_long_prompt_alone(tmp_path: Path) -> None:
+    """One sequence at a time, a window of 8, a prompt of 100 in one step: served. Dies if the window's pool forgets what a step brings."""
+    layers = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    mixed = make_tiny("qwen2", tmp_path / "m", **layers)
+    settings = {"use": {"device": "core/reference"}, "block_size": 4, "memory_bytes": 1 << 22, "dtype": "float32"}
+    answers = []
+    for max_num_seqs in (1, 64):
+        with LLM(str(mixed), max_num_seqs=max_num_seqs, **settings) as llm:
+            (answer,) = llm.generate(
+                [{"prompt_token_ids": [3 + i % 90 for i in range(100)]}],
+                SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+                use_tqdm=False,
+            )
+            answers.append(answer.outputs[0].token_ids)
+    assert len(answers[0]) == 8 and answers[0] == answers[1]
 
 
 # ---- planted bugs: each turns its row red ---------------------------------------------------------------------------------------
@@ -241,9 +272,9 @@ class _PlainFirst(Verifier):
 
     plant: Callable[[], None]
 
-    def _engine(self, **settings: Any) -> Any:
+    def engine(self, **settings: Any) -> Any:
         self.plant()
-        return super()._engine(**settings)
+        return super().engine(**settings)
 
 
 @pytest.mark.parametrize("row", list(ROWS))

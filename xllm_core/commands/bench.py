@@ -113,4 +113,6 @@ def _print(figures: dict[str, Any]) -> None:
     click.echo("  step ms          " + ", ".join(f"{part} {value}" for part, value in steps.items()))
     if figures["early_share"]:
         click.echo(f"  planned early    {figures['early_share']:.1%} of steps, while the one before ran")
+    if figures["replayed_share"]:
+        click.echo(f"  replayed         {figures['replayed_share']:.1%} of steps, from recorded graphs")
     click.echo(f"  peak memory      {figures['peak_memory_bytes'] / 2**20:.0f} MiB")

@@ -6,6 +6,8 @@ from importlib import import_module
 
 import click
 
+from xllm_core.config_sources import guess
+
 _SUMMARIES = {
     "list": "List every plugin found and its state.",
     "show": "Show one plugin: where it comes from and what it offers.",
@@ -33,6 +35,14 @@ class LazyGroup(click.Group):
             return None
         found: click.Command = import_module(f"xllm_core.commands.plugins_{cmd_name}").command
         return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with the nearest name when there is none."""
+        if args and not args[0].startswith("-") and args[0] not in _SUMMARIES:
+            ctx.fail(f"no command {args[0]!r}{guess(args[0], _SUMMARIES)}; see {ctx.command_path} --help")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """From the table, so that help imports none of them."""

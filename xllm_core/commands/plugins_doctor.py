@@ -9,6 +9,7 @@ import click
 import importlib_metadata
 
 from xllm_core.config import click_options
+from xllm_core.plugins.installed import metadata_of
 from xllm_core.plugins.isolated import load_isolated
 
 _CURES = {
@@ -50,12 +51,9 @@ def _unmet(distribution: str) -> list[str]:
     """Requirements of a distribution that the environment does not satisfy."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    try:
-        texts = importlib_metadata.requires(distribution) if distribution else None
-    except importlib_metadata.PackageNotFoundError:
-        return []
+    metadata = metadata_of(distribution) if distribution else None
     found = []
-    for text in texts or ():
+    for text in metadata.get_all("Requires-Dist") or () if metadata is not None else ():
         try:
             need = Requirement(text)
         except InvalidRequirement as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from xllm_core.commands.plugins_file import SettingsFile, installed, note_environment
+from xllm_core.commands.plugins_file import SettingsFile, installed, installed_ids, note_environment
 
 
 @click.command("enable")
@@ -18,9 +18,13 @@ def command(plugin_id: str, config: Path | None) -> None:
     The file keeps its comments. No plugin is imported.
     """
     name, _, wanted = plugin_id.partition("@")
-    distributions = installed(name, wanted)
     file = SettingsFile(config)
     changes = file.remove("disable", name)
+    if changes and name not in installed_ids():  # uninstalled since: the line that names it stops every start
+        file.save(changes, otherwise="")
+        click.echo(f"note: plugin {name!r} is not installed", err=True)
+        return
+    distributions = installed(name, wanted)
     if file.get("policy") == "listed" or len(distributions) > 1 or wanted:
         if len(distributions) > 1 and not wanted:
             raise click.UsageError(

@@ -7,30 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import click
-import importlib_metadata
 import tomlkit
 from tomlkit.exceptions import ParseError
 
 from xllm_core.config import DEFAULT_FILE
 from xllm_core.config_sources import PLUGINS_VARIABLE, guess
 from xllm_core.errors import ConfigError, PluginError
-from xllm_core.plugins.manager import CORE, GROUP
+from xllm_core.plugins.installed import installed_plugins
+from xllm_core.plugins.records import CORE
 
 
 def installed(plugin_id: str, distribution: str = "") -> list[str]:
     """Distributions that provide an id. Raises PluginError if none does, or not the one given."""
-    entries = importlib_metadata.entry_points(group=GROUP)
-    found = sorted({entry.dist.metadata["Name"] for entry in entries if entry.name == plugin_id and entry.dist})
+    entries = installed_plugins()
+    found = sorted({entry.distribution for entry in entries if entry.id == plugin_id})
     if plugin_id == CORE:
         raise PluginError("the core's own parts always take part; pin others in [use]")
     if not found:
-        known = sorted({entry.name for entry in entries} - {CORE})
+        known = sorted({entry.id for entry in entries} - {CORE})
         raise PluginError(
             f"no plugin {plugin_id!r} is installed{guess(plugin_id, known)}; installed: {', '.join(known) or 'none'}"
         )
     if distribution and distribution not in found:
         raise PluginError(f"{plugin_id!r} is provided by {', '.join(found)}, not by {distribution!r}")
     return found
+
+
+def installed_ids() -> set[str]:
+    """Ids that some distribution provides."""
+    return {entry.id for entry in installed_plugins()}
 
 
 def note_environment(plugin_id: str) -> None:

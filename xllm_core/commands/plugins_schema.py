@@ -64,6 +64,10 @@ def _line(name: str, entry: FieldInfo) -> str:
     if isinstance(default, BaseModel):
         default = default.model_dump(mode="json", exclude_none=True)
     value = default.value if isinstance(default, Enum) else default
+    if isinstance(value, dict):  # a table of its own elsewhere; here a line
+        inline = tomlkit.inline_table()
+        inline.update(value)
+        return f"# {key} = {inline.as_string()}"
     return f"# {key} = {tomlkit.item(list(value) if isinstance(value, tuple | frozenset | set) else value).as_string()}"
 
 

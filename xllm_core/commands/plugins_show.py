@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import click
-import importlib_metadata
 
 from xllm_core.config import click_options
 from xllm_core.config_sources import guess
 from xllm_core.errors import PluginError
+from xllm_core.plugins.installed import metadata_of
 from xllm_core.plugins.isolated import load_isolated
 
 _LABELS = {
@@ -49,9 +49,8 @@ def _head(record: dict[str, Any]) -> list[str]:
     if not record["distribution"]:
         return lines
     lines.append(f"  distribution  {record['distribution']} {record['version']}")
-    try:
-        metadata = importlib_metadata.metadata(record["distribution"])
-    except importlib_metadata.PackageNotFoundError:
+    metadata = metadata_of(record["distribution"])
+    if metadata is None:
         return lines
     lines += [f"  {label:<13} {metadata[key]}" for key, label in _LABELS.items() if metadata.get(key)]
     requires = metadata.get_all("Requires-Dist") or []

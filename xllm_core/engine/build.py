@@ -109,7 +109,7 @@ def build_engine(
     )  # fmt: skip
     kv = KVManager(
         geometry, enable_prefix_cache=settings.kv.enable_prefix_cache, index=store.index() if store is not None else None,
-        max_chunk_tokens=min(limits.max_chunk_tokens or limits.max_num_batched_tokens, limits.max_num_batched_tokens),
+        max_chunk_tokens=max_chunk_tokens(settings),
     )  # fmt: skip
     scheduler = Scheduler(kv, plan.scheduler.build(), limits)
     step_log = StepLog([choice.build() for choice in plan.observers])
@@ -156,10 +156,21 @@ def _build_worker(
         WorkerParts(
             device=device, model=loaded.model, kernels=loaded.kernels, copy_blocks=loaded.ops["block_copy"],
             sampler=plan.sampler.build(device), processors=[choice.build(context) for choice in plan.logits_processors],
-            bind_kv=loaded.parts.bind_kv,
+            bind_kv=loaded.parts.bind_kv, has_graphs=_has_graphs(settings, loaded),
         ),
         geometry, num_slots=settings.scheduler.max_num_seqs, max_model_len=plan.max_model_len, store=store,
     )  # fmt: skip
+
+
+def _has_graphs(settings: Settings, loaded: LoadedModel) -> bool:
+    from xllm_core.runtime.graphs import why_no_graphs
+
+    if not settings.engine.graphs:
+        return False
+    reason = why_no_graphs(loaded.device, loaded.kernels)
+    if reason:
+        log.info("decode steps are not replayed from graphs: %s", reason)
+    return not reason
 
 
 def plans_in_flight(groups: Sequence[KVGroupSpec], *, wants_overlap: bool) -> int:
@@ -202,6 +213,12 @@ def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend)
                 f"[kv] memory_bytes = {budget} holds {counts} KV blocks of {sizes} bytes, too few for a single short sequence; "
                 f"one sequence of {plan.max_model_len} tokens takes {per_sequence} bytes"
             )
+        lone = tuple(
+            _blocks_of_a_step(g, plan.block_size, plan.max_model_len, max_chunk_tokens(settings)) for g in groups
+        )
+        wider = tuple(map(max, counts, lone))
+        if sum(size * count for size, count in zip(sizes, wider, strict=True)) <= budget:
+            counts = wider
     free = device.memory().free_bytes
     total = sum(size * count for size, count in zip(sizes, counts, strict=True))
     if total > free:
@@ -219,6 +236,20 @@ def _blocks_per_sequence(group: KVGroupSpec, block_size: int, max_model_len: int
         return 4  # the working state and a few snapshots to come back to
     tokens = max_model_len if group.window is None else min(max_model_len, group.window)
     return -(-tokens // block_size) + (0 if group.window is None else _WINDOW_SPARE_BLOCKS)
+
+
+def _blocks_of_a_step(group: KVGroupSpec, block_size: int, max_model_len: int, chunk_tokens: int) -> int:
+    """What a window needs for a sequence of any length: its own blocks and those of the largest step, or else a long prompt could never run."""
+    if group.kind != "sliding_window" or group.window is None:
+        return 0
+    span = group.window - 1 + block_size - 1 + chunk_tokens
+    return min(-(-max_model_len // block_size), -(-span // block_size) + 1)
+
+
+def max_chunk_tokens(settings: Settings) -> int:
+    """How many tokens of one sequence a step computes at most."""
+    limits = settings.scheduler
+    return min(limits.max_chunk_tokens or limits.max_num_batched_tokens, limits.max_num_batched_tokens)
 
 
 def _blocks_at_least(group: KVGroupSpec) -> int:

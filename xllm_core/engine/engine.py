@@ -52,6 +52,7 @@ class Engine:
         self.depth = depth
         self._running: deque[_Running] = deque()
         self._failure: BaseException | None = None
+        self.num_replays = 0
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request; raises RequestError and leaves everything as it was when it cannot be served."""
@@ -135,6 +136,7 @@ class Engine:
     def _record(self, step: _Running, emit_s: float) -> None:
         scheduler, times = self.scheduler, step.handle.times
         used, total = scheduler.kv.usage()
+        self.num_replays += times.is_replayed
         self.step_log.add(
             StepRecord(
                 step=step.plan.step,
@@ -152,6 +154,7 @@ class Engine:
                 num_preempted=step.num_preempted,
                 used_blocks=used,
                 total_blocks=total,
+                is_replayed=times.is_replayed,
             )
         )
 

@@ -101,7 +101,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     """State after a step. Counts marked "since start" only grow.
 
     num_waiting: sequences in the queue; num_waiting_for_kv: set aside until a store answers. used_blocks: by unfinished sequences.
-    Since start: preemptions; prompt tokens looked up in the prefix cache and found there. store: what the KV store counts, by its own names
+    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs. store: what the KV store counts, by its own names
     (`KVStore.stats`), a second old at most; empty without one.
     """
 
@@ -113,6 +113,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_preemptions: int = 0
     query_tokens: int = 0
     hit_tokens: int = 0
+    num_replays: int = 0
     store: dict[str, int] = {}
 
 

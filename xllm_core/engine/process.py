@@ -92,6 +92,7 @@ class EngineLoop:
         self._store = _StoreCounters(store) if store is not None else None
         kv = engine.scheduler.kv.stats()  # what the warm-up counted is nobody's business
         self._base_query_tokens, self._base_hit_tokens = kv.query_tokens, kv.hit_tokens
+        self._base_replays = engine.num_replays
         self._base_preemptions = engine.scheduler.stats.num_preemptions
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
@@ -172,6 +173,7 @@ class EngineLoop:
             used_blocks=kv.used_blocks + kv.held_blocks, total_blocks=kv.total_blocks,
             num_preemptions=scheduler.stats.num_preemptions - self._base_preemptions,
             query_tokens=kv.query_tokens - self._base_query_tokens, hit_tokens=kv.hit_tokens - self._base_hit_tokens,
+            num_replays=self._engine.num_replays - self._base_replays,
             store=self._store.read() if self._store is not None else {},
         )  # fmt: skip
 

@@ -75,13 +75,14 @@ class RopeConfig:
     """Rotary embedding: what `models.rope.inverse_frequencies` is computed from. `parameters`: the kind's own numbers, checked.
 
     kind: "default", "linear", "dynamic", "llama3", "yarn" as transformers defines them, or "factors": the default
-    frequencies divided by one explicit number each, as GGUF files carry them.
+    frequencies divided by one explicit number each, as GGUF files carry them. max_positions: of the model's context; 0 for unknown.
     """
 
     kind: str
     theta: float
     size: int
     parameters: Mapping[str, Any]
+    max_positions: int = 0
 
 
 def read_dtype(fields: Fields) -> str:
@@ -140,7 +141,7 @@ def read_rope(fields: Fields, head_size: int, max_model_len: int, *, rotated_sha
     if (theta := values.get("rope_theta")) is None:
         theta = fields.get("rope_theta")
     theta = _positive(10000.0 if theta is None else theta, lambda problem: fields.error("rope_theta", problem))
-    return RopeConfig(kind=kind, theta=theta, size=size, parameters=parameters)
+    return RopeConfig(kind=kind, theta=theta, size=size, parameters=parameters, max_positions=max_model_len)
 
 
 def _rotated(fields: Fields, given: Mapping[str, Any], head_size: int, rotated_share: float | None) -> int:

@@ -83,18 +83,38 @@ def _yarn_attention_factor(
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
+_TABLE_BYTES = 64 << 20
+_SPARE_POSITIONS = 64  # a step that is planned ahead may lie behind the end
+
+
 class Rotary:
-    """cos and sin of a step's positions, worked out by the first layer that asks and shared through `ForwardContext.memo`."""
+    """cos and sin of a step's positions, found or worked out by the first layer that asks and shared through `ForwardContext.memo`.
+
+    They are worked out once for all positions where that takes no more than 64 MiB, else for each step.
+    """
 
     def __init__(self, rope: RopeConfig, dtype: torch.dtype, torch_device: str) -> None:
         frequencies, self._scale = inverse_frequencies(rope)
         self._frequencies, self._dtype = frequencies.to(torch_device), dtype
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        num_rows = rope.max_positions + _SPARE_POSITIONS
+        if rope.max_positions and 2 * num_rows * rope.size * dtype.itemsize <= _TABLE_BYTES:
+            self._tables = self._waves(torch.arange(num_rows, device=torch_device))
 
     def __call__(self, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [T, size] in the model's dtype, the half repeated."""
         if "rotary" not in ctx.memo:
-            angles = ctx.positions.float().unsqueeze(1) * self._frequencies
-            angles = torch.cat((angles, angles), dim=-1)
-            ctx.memo["rotary"] = tuple((wave * self._scale).to(self._dtype) for wave in (angles.cos(), angles.sin()))
+            ctx.memo["rotary"] = self._at(ctx.positions)
         cos, sin = ctx.memo["rotary"]
         return cos, sin
+
+    def _at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._tables is None:
+            return self._waves(positions)
+        cos, sin = self._tables
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def _waves(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions.float().unsqueeze(1) * self._frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
     from xllm_core.plugins.contracts.doctor import Finding
+    from xllm_core.plugins.contracts.graphs import Graph, GraphDevice, GraphKernel, NotCapturableError
     from xllm_core.plugins.contracts.kv import (
         Hit,
         KVGeometry,
@@ -99,6 +100,7 @@ _CONTRACTS = {
         "MemoryInfo",
     ),
     "doctor": ("Finding",),
+    "graphs": ("Graph", "GraphDevice", "GraphKernel", "NotCapturableError"),
     "kv": (
         "Hit",
         "KVGeometry",
@@ -199,6 +201,9 @@ __all__ = [
     "Fields",
     "Finding",
     "ForwardContext",
+    "Graph",
+    "GraphDevice",
+    "GraphKernel",
     "Hit",
     "KVGeometry",
     "KVGroupSpec",
@@ -226,6 +231,7 @@ __all__ = [
     "ModelShape",
     "ModelSpec",
     "MoeExpertsOp",
+    "NotCapturableError",
     "Observer",
     "ObserverSpec",
     "OpQuery",

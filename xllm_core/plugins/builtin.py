@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xllm_core.plugins.contracts.ops import REFERENCE_ATTENTION, REFERENCE_OPS
+from xllm_core.plugins.contracts.ops import CORE_FUSIONS, REFERENCE_ATTENTION, REFERENCE_OPS
 from xllm_core.plugins.hookspecs import hookimpl
 from xllm_core.plugins.specs import (
     AttentionSpec,
@@ -44,7 +44,7 @@ def xllm_ops() -> Iterable[OpSpec]:
     checks = {"moe_experts": "xllm_core.reference.ops:lacks_grouped_mm"}
     for op, target in REFERENCE_OPS.items():
         yield OpSpec(
-            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, summary="the reference"
+            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ()), summary="the reference"
         )  # fmt: skip
 
 

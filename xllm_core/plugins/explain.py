@@ -13,9 +13,14 @@ from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import Choice
 from xllm_core.plugins.resolve import Resolver, assemble, describe_geometry
+from xllm_core.plugins.select import narrowed
 
 FEATURES: Mapping[str, Any] = {"sliding_window": 4096, "soft_cap": 50.0}
 """What attention can be asked for beyond its heads, and the value that stands in the question where only the feature matters."""
+
+
+_NARROWED = ("attention", "model", "op")
+_MAY_BE_ABSENT = ("kv_store", "logits_processors", "observers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ def why(kind: str, settings: Settings, manager: PluginManager, shape: Shape | No
     base = kind.partition(".")[0]
     if base not in KINDS:
         raise ConfigError(f"unknown kind {kind!r}{guess(kind, KINDS)}; kinds are {', '.join(KINDS)}")
+    if "." in kind and base not in _NARROWED:
+        raise ConfigError(f"{base!r} is one choice, which {kind!r} cannot narrow down; ask for {base!r}")
     if settings.model.path and shape is not None:
         raise ConfigError("a shape is asked about where no model is given: leave out the model, or the shape")
     if settings.model.path:
@@ -72,7 +79,10 @@ def _with_model(kind: str, settings: Settings, manager: PluginManager) -> list[s
                 else ""
             )
             lines += [f"{name}{need}", *block(choice)]
-    return [*lines, *_unused(kind, plan.unused_fusions)] or [_none_chosen(kind)]
+    lines += _unused(kind, plan.unused_fusions)
+    if not lines and kind == f"model.{plan.architecture}":
+        return ["model", *block(plan.model)]
+    return lines or ([_none_chosen(kind)] if kind in _MAY_BE_ABSENT else [])
 
 
 def _without_model(kind: str, settings: Settings, manager: PluginManager, shape: Shape | None) -> list[str]:
@@ -80,7 +90,7 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
     base, _, narrow = kind.partition(".")
     if base in ("model", "weight_format"):
         lines = [f"{base}: depends on the model; add --model"]
-        for offer in resolver.offers(base):
+        for offer in narrowed(kind, resolver.offers(base)):
             serves = ", ".join(sorted(offer.spec.architectures)) if base == "model" else ""
             serves = serves or offer.spec.summary
             lines.append(f"  offered  {offer.name}  {serves}")

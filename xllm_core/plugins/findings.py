@@ -12,7 +12,9 @@ def findings_of(name: str, spec: Any) -> list[Finding]:
     """What one check finds. name: "plugin/name", for a check that fails by itself."""
     try:
         found = list(load_target(spec.target, owner=name)(**spec.options))
-    except Exception as error:  # noqa: BLE001  the other checks still have something to say
+    except KeyboardInterrupt:
+        raise  # that was the user
+    except BaseException as error:  # noqa: BLE001  the other checks still have something to say
         return [Finding("warn", name, f"this check failed: {describe(error)}", "tell the plugin's authors")]
     strange = [type(finding).__name__ for finding in found if not isinstance(finding, Finding)]
     if strange:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import logging
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import importlib_metadata
 import pluggy
 
 from xllm_core import __version__
 from xllm_core.errors import ConfigError, PluginConflictError, PluginError
 from xllm_core.plugins import hookspecs
 from xllm_core.plugins import policy as plugin_policy
+from xllm_core.plugins.installed import Installed, installed_plugins
 from xllm_core.plugins.plan import describe
 from xllm_core.plugins.plan import load_target as load_target
 from xllm_core.plugins.records import CORE as CORE
@@ -31,7 +33,6 @@ from xllm_core.plugins.specs import API_VERSION, PluginContext, PluginInfo, Spec
 if TYPE_CHECKING:
     from xllm_core.config import Settings
 
-GROUP = "xllm_core.plugins"
 _log = logging.getLogger("xllm_core.plugins")
 
 
@@ -58,12 +59,13 @@ class Offer:
 
 @dataclass(slots=True)
 class _Candidate:
-    """A plugin between discovery and loading. `load` imports its module."""
+    """A plugin between discovery and loading. `load` imports its module; flaw: why its metadata cannot be read, or ""."""
 
     record: PluginRecord
     load: Callable[[], PluginModule]
     requires: Sequence[str] = ()
     requires_python: str = ""
+    flaw: str = ""
     hooks: pluggy.PluginManager | None = None
     info: PluginInfo | None = None
 
@@ -82,7 +84,7 @@ class PluginManager:
     @classmethod
     def discover(cls, settings: Settings | None = None, *, extra: Sequence[PluginModule] = ()) -> PluginManager:
         """Scan entry points once; imports no plugin. extra: plugins given in process, as tests do."""
-        candidates = [_from_entry_point(entry) for entry in importlib_metadata.entry_points(group=GROUP)]
+        candidates = [_from_installed(entry) for entry in installed_plugins()]
         candidates += [_from_module(module) for module in extra]
         if not any(candidate.record.id == CORE for candidate in candidates):
             # A checkout on sys.path without metadata still has its own parts.
@@ -128,7 +130,10 @@ class PluginManager:
                 candidate.record.state, candidate.record.reason = "failed", reason
                 continue
             on_begin(candidate.record.id)
-            self._take_in(candidate)
+            with redirect_stdout(
+                sys.stderr
+            ):  # stdout is the command's: what a plugin prints must not stand in its JSON
+                self._take_in(candidate)
         self._refuse_hidden_commands()
         for record in self.records:
             if record.state in ("failed", "incompatible", "conflict") and not record.is_wanted:
@@ -142,8 +147,11 @@ class PluginManager:
         self._check_unlocked()
         candidate = self._usable(plugin_id)
         try:
-            return _offers(candidate.record, self._call(candidate, "xllm_cli", PluginContext()))
-        except Exception as error:
+            with redirect_stdout(sys.stderr):
+                return _offers(candidate.record, self._call(candidate, "xllm_cli", PluginContext()))
+        except KeyboardInterrupt:
+            raise  # that was the user
+        except BaseException as error:
             record = candidate.record
             record.state, record.reason = "failed", describe(error)
             raise self._unusable(plugin_id) from error
@@ -152,7 +160,8 @@ class PluginManager:
         """The one candidate of an id, imported. Raises PluginError."""
         for candidate in self._candidates:
             if candidate.record.id == plugin_id and candidate.record.state == "found":
-                self._import(candidate)
+                with redirect_stdout(sys.stderr):
+                    self._import(candidate)
             if (
                 candidate.record.id == plugin_id
                 and candidate.hooks is not None
@@ -170,7 +179,7 @@ class PluginManager:
         self._check_unlocked()
         candidate = self._usable(plugin_id)
         config = candidate.info.config if candidate.info is not None else None
-        return load_target(config, owner=f"plugin {plugin_id}") if config is not None else None
+        return _table_model(config, plugin_id) if config is not None else None
 
     def offers(self, hook: str) -> tuple[Offer, ...]:
         """What loaded plugins offer through one hook: by descending rank, core last among equals, then by name."""
@@ -222,8 +231,7 @@ class PluginManager:
         if candidate.hooks is not None:
             return
         try:
-            if reason := _unfit(candidate):
-                record.state, record.reason = "incompatible", reason
+            if not _fits(candidate):
                 return
             module = candidate.load()
             info = _checked_info(module, record.id)
@@ -266,9 +274,8 @@ class PluginManager:
     def check_metadata(self) -> PluginManager:
         """Say of each plugin that is found whether its metadata fits this core and this Python; no plugin code runs. Returns itself."""
         for candidate in self._candidates:
-            record = candidate.record
-            if record.state == "found" and (reason := _unfit(candidate)):
-                record.state, record.reason = "incompatible", reason
+            if candidate.record.state == "found":
+                _fits(candidate)
         return self
 
     def _validated(self, info: PluginInfo) -> Mapping[str, Any]:
@@ -283,7 +290,7 @@ class PluginManager:
             return {}
         from xllm_core.config import validate_plugin_table  # pydantic, which listing commands does not need
 
-        return validate_plugin_table(info.id, load_target(info.config, owner=f"plugin {info.id}"), raw, self._settings)
+        return validate_plugin_table(info.id, _table_model(info.config, info.id), raw, self._settings)
 
     def _refuse_hidden_commands(self) -> None:
         """A plugin whose id is the name of a core command could never be reached as `xllm ID`."""
@@ -294,13 +301,9 @@ class PluginManager:
                 record.reason = f"its commands would hide behind `xllm {record.id}` of the core; it needs another id"
 
 
-def _from_entry_point(entry: importlib_metadata.EntryPoint) -> _Candidate:
-    dist = entry.dist
-    if dist is None:
-        return _Candidate(PluginRecord(entry.name, "unknown", "0"), entry.load)
-    python = dist.metadata.get("Requires-Python") or ""
-    record = PluginRecord(entry.name, dist.metadata["Name"], dist.version)
-    return _Candidate(record, entry.load, tuple(dist.requires or ()), python)
+def _from_installed(entry: Installed) -> _Candidate:
+    record = PluginRecord(entry.id, entry.distribution, entry.version)
+    return _Candidate(record, entry.load, entry.requires, entry.requires_python, entry.flaw)
 
 
 def _from_module(module: PluginModule) -> _Candidate:
@@ -308,6 +311,15 @@ def _from_module(module: PluginModule) -> _Candidate:
         module.xllm_plugin.id, f"in-process:{getattr(module, '__name__', type(module).__name__)}", "0"
     )
     return _Candidate(record, lambda: module)
+
+
+def _fits(candidate: _Candidate) -> bool:
+    """Whether a plugin's metadata lets it load; otherwise its record says why not."""
+    if candidate.flaw:
+        candidate.record.state, candidate.record.reason = "failed", candidate.flaw
+    elif reason := _unfit(candidate):
+        candidate.record.state, candidate.record.reason = "incompatible", reason
+    return candidate.record.state == "found"
 
 
 def _unfit(candidate: _Candidate) -> str:
@@ -324,7 +336,10 @@ def _unfit(candidate: _Candidate) -> str:
     for text in candidate.requires:
         if not re.match(r"xllm[-_.]core\b(?![-_.]?\w)", text, re.IGNORECASE):
             continue  # another package's line, and not ours to judge
-        need = plugin_policy.requirement(text)
+        try:
+            need = plugin_policy.requirement(text)
+        except ConfigError:
+            return f"its metadata says Requires-Dist: {text}, which is no requirement"
         is_active = need.marker is None or need.marker.evaluate({"extra": ""})
         if is_active and not need.specifier.contains(__version__, True):
             return f"it requires xllm-core{need.specifier}, installed is {__version__}"
@@ -363,6 +378,15 @@ def _check_hooks(hooks: pluggy.PluginManager, module: PluginModule) -> None:
                 raise PluginError(f"{name} uses {used[0]}; hooks only describe, so wrappers and call order are refused")
         if not implementations and callable(getattr(module, name, None)):
             raise PluginError(f"{name} is defined and not marked with @hookimpl, so it would never be called")
+
+
+def _table_model(target: str, plugin_id: str) -> Any:
+    from pydantic import BaseModel
+
+    model = load_target(target, owner=f"plugin {plugin_id}")
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise PluginError(f"plugin {plugin_id}: PluginInfo.config = {target!r} is {model!r}, and no pydantic model")
+    return model
 
 
 def _revealed(table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,13 @@ def load_target(target: str, *, owner: str) -> Any:
     """Import "package.module:attribute"; raises PluginError that names `owner` ("plugin/name"), the target and the cause."""
     module_name, _, path = target.partition(":")
     try:
-        value: Any = import_module(module_name)
-        for attribute in path.split("."):
-            value = getattr(value, attribute)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):  # stdout is the command's, and may hold JSON
+            value: Any = import_module(module_name)
+            for attribute in path.split("."):
+                value = getattr(value, attribute)
+    except KeyboardInterrupt:
+        raise  # that was the user
+    except BaseException as error:  # SystemExit, too: a part must not end, in silence, the process that looks at it
         raise PluginError(
             f"{owner}: its target {target!r} cannot be imported: {describe(error)}; reinstall the plugin, or choose another part"
         ) from error
@@ -42,7 +47,11 @@ def describe(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     frames = [frame for frame in frames if "/xllm_core/plugins/" not in frame.filename.replace("\\", "/")]
     place = f" ({frames[-1].filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    try:
+        text = str(error).encode(errors="backslashreplace").decode()  # so that it can be printed
+    except Exception as inner:  # noqa: BLE001  it is written by a plugin, and what it is worth is told all the same
+        text = f"(its text cannot be read: {type(inner).__name__})"
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def _masked(value: object) -> str:

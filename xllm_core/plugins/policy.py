@@ -115,7 +115,10 @@ def _check_ids(records: Sequence[PluginRecord], settings: Settings | None) -> No
     if CORE in settings.plugins.disable:
         raise ConfigError("[plugins] disable = ['core']: the core's own parts cannot be disabled; pin others in [use]")
     if unknown := sorted(set(settings.plugins.disable) - set(known)):
-        raise ConfigError(f"[plugins] disable names {unknown}, not installed; installed: {', '.join(known)}")
+        raise ConfigError(
+            f"{settings.place('plugins', 'disable')}: [plugins] disable names {', '.join(unknown)}, not installed; "
+            f"installed: {', '.join(known)}. To take it out: xllm plugins enable {unknown[0]}"
+        )
 
 
 def _verdict(

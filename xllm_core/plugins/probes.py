@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
+from typing import IO
 
 TIMEOUT_S = 60.0
+_MAX_SAID_BYTES = 1 << 16
 
-# Nothing of ours is imported: a bare interpreter starts in a fraction of the time, and there may be many.
+# Nothing of ours is imported: a bare interpreter starts in a fraction of the time, and there may be many. The answer goes out alone:
+# whatever the probe prints, also at its exit, goes to stderr.
 _CHILD = """
-import importlib, json, sys
+import importlib, json, os, sys
+out = os.dup(1)
+os.dup2(2, 1)
 sys.path[:] = json.loads(sys.argv[1])
 module, _, attributes = sys.argv[2].partition(":")
 probe = importlib.import_module(module)
 for name in attributes.split("."):
     probe = getattr(probe, name)
-print("\\n" + json.dumps(probe()))
+answer = probe()
+os.write(out, json.dumps(answer if answer is None else str(answer)[:4000]).encode())
 """
 
 
@@ -50,39 +61,57 @@ class Probes:
 
 
 class _Child:
-    """One probe. A thread of its own reads what it says, as it comes, and sees its end at once."""
+    """One probe, in a session of its own, so that what it has started ends with it. A thread sees its end at once.
+
+    It speaks into files: a pipe would stay open as long as anything that the probe has started lives.
+    """
 
     def __init__(self, target: str, timeout_s: float) -> None:
         command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), target]
-        pipe = subprocess.PIPE
+        self._timeout_s = timeout_s
+        self._deadline_s = time.monotonic() + timeout_s
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace"
+            command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, start_new_session=True
         )
-        self._reason = ""
-        self._thread = threading.Thread(target=self._read, args=(timeout_s,), daemon=True)
+        self._reason: str | None = None
+        self._thread = threading.Thread(target=self._process.wait, daemon=True)
         self._thread.start()
 
     def answer(self) -> str:
-        self._thread.join()
+        if self._reason is None:
+            self._thread.join(max(0.0, self._deadline_s - time.monotonic()))
+            is_late = self._thread.is_alive()
+            self._stop()
+            self._reason = f"its probe did not answer within {self._timeout_s:g} s" if is_late else self._said()
         return self._reason
 
     def end(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
+        self._stop()
+        if self._reason is None:
+            self._reason = "its probe was ended before it was asked"
+        self._out.close()
+        self._err.close()
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._thread.join()
 
-    def _read(self, timeout_s: float) -> None:
-        try:
-            stdout, stderr = self._process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-            self._reason = f"its probe did not answer within {timeout_s:g} s"
-            return
+    def _said(self) -> str:
         status = self._process.returncode
         if status != 0:
             ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            self._reason = f"its probe {ended}: {(stderr.strip().splitlines() or ['no message'])[-1]}"
-            return
-        answer = json.loads(stdout.strip().splitlines()[-1])
-        self._reason = "" if answer is None else str(answer)
+            return f"its probe {ended}: {(_tail(self._err).strip().splitlines() or ['no message'])[-1]}"
+        text = _tail(self._out)
+        if not text:
+            return "its probe ended the process and gave no answer"
+        answer = json.loads(text)
+        return "" if answer is None else str(answer).encode(errors="backslashreplace").decode()
+
+
+def _tail(file: IO[bytes]) -> str:
+    """The end of what a file holds, as text."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_SAID_BYTES))
+    return file.read().decode(errors="replace")

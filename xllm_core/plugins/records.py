@@ -56,6 +56,6 @@ def _described(spec: Spec) -> dict[str, Any]:
     found = {}
     for entry in fields(spec):
         value = getattr(spec, entry.name)
-        if entry.name != "name" and value not in (None, "", (), frozenset()):
+        if entry.name != "name" and value not in (None, "", (), frozenset(), {}):
             found[entry.name] = sorted(value) if isinstance(value, frozenset) else value
     return found

@@ -407,7 +407,9 @@ class Resolver:
                 try:
                     usable.append((offer, load_target(offer.spec.target, owner=offer.name)(**offer.spec.options)))
                     continue
-                except Exception as error:  # noqa: BLE001  another format may still open the model; the reason is logged and shown
+                except KeyboardInterrupt:
+                    raise  # that was the user
+                except BaseException as error:  # noqa: BLE001  another format may still open the model; the reason is logged and shown
                     reason = describe(error)
             _log.warning("weight format %s is not asked: %s", offer.name, reason)
             unusable.append((offer.name, reason))
@@ -460,7 +462,7 @@ def _ask(name: str, what: str, call: Callable[[], Any]) -> Any:
     """Call a plugin's part during assembly; its own errors pass, anything else gets the name of who raised it."""
     try:
         return call()
-    except XllmError:
+    except (XllmError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise PluginError(f"{name} could not {what}: {describe(error)}") from error

@@ -184,14 +184,19 @@ def chosen(offer: Offer, reason: str, eligible: Iterable[str] = (), rejected: It
 
 def refusal(offer: Offer, unfit: Callable[[Offer], str], query: object = None) -> str:
     """Why an offer cannot serve, or nothing: modules it requires first, as a probe may need them; its own `check` last, as it runs code."""
-    missing = [name for name in offer.spec.requires if not is_findable(name)]
+    try:
+        missing = [name for name in offer.spec.requires if not is_findable(name)]
+    except Exception as error:  # noqa: BLE001  the package of a submodule that is asked for, which is imported
+        return f"a module that it needs fails: {describe(error)}"
     if missing:
         return f"needs module {_list(missing)}, not installed"
     if (reason := unfit(offer)) or offer.spec.check is None:
         return reason
     try:
         answer = load_target(offer.spec.check, owner=offer.name)(query)
-    except Exception as error:  # noqa: BLE001  whatever a plugin's check raises is the reason not to use the part
+    except KeyboardInterrupt:
+        raise  # that was the user
+    except BaseException as error:  # noqa: BLE001  whatever a plugin's check raises, SystemExit too, is the reason not to use the part
         return f"its check failed: {describe(error)}"
     return "" if answer is None else str(answer)
 

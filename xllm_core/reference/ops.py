@@ -52,6 +52,19 @@ class Linear:
         return out
 
 
+class LmHead(Linear):
+    """`lm_head`: x @ weight.T in float32, never rounded. The table is widened tile by tile."""
+
+    def __call__(self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out] float32."""
+        weight, bias = prepared
+        wide, out = x.float(), x.new_empty(len(x), len(weight), dtype=torch.float32)
+        for start in range(0, len(weight), _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            out[:, rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        return out
+
+
 class LinearFloat32:
     """`linear_float32`: x @ weight.T in float32, whatever x's dtype. A rounded score could send a token to another expert."""
 

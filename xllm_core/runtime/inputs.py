@@ -52,8 +52,8 @@ class InputBuffers:
         self._groups = tuple(groups)
         self._block_size = block_size
         # A sequence's last block may be reserved beyond the context by a speculative step: one spare column.
-        columns = -(-max_model_len // block_size) + 1
-        self._tables: list[Ints] = [np.full((num_slots, columns), -1, dtype=np.int32) for _ in self._groups]
+        self.max_blocks = -(-max_model_len // block_size) + 1
+        self._tables: list[Ints] = [np.full((num_slots, self.max_blocks), -1, dtype=np.int32) for _ in self._groups]
 
     def write_tables(self, writes: Sequence[tuple[int, int, int, list[int]]]) -> None:
         """Apply `KVChanges.table_writes`: (group, slot, first index, block ids)."""

@@ -13,6 +13,7 @@ from xllm_core.plugins.contracts.attention import AttentionKernel
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.model import ForwardContext, Model
 from xllm_core.plugins.contracts.sampling import Sampler
+from xllm_core.runtime.graphs import DecodeGraphs
 from xllm_core.runtime.inputs import InputBuffers, StepInputs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.logprobs import score_rows, score_targets
@@ -36,7 +37,7 @@ class ModelRunner:
 
     def __init__(
         self, device: DeviceBackend, model: Model, *, kernels: Mapping[str, AttentionKernel], inputs: InputBuffers, cache: KVCache,
-        sampler: Sampler, sampling: SamplingState, copy_blocks: Callable[..., None],
+        sampler: Sampler, sampling: SamplingState, copy_blocks: Callable[..., None], graphs: DecodeGraphs | None = None,
     ) -> None:  # fmt: skip
         self._device = device
         self._model = model
@@ -46,6 +47,7 @@ class ModelRunner:
         self._sampler = sampler
         self._sampling = sampling
         self._copy_blocks = copy_blocks
+        self.graphs = graphs
         self._previous = torch.zeros((0, 1), dtype=torch.int64, device=device.facts().torch_device)
 
     def forward(self, plan: StepPlan) -> RunnerHandle:
@@ -57,20 +59,32 @@ class ModelRunner:
             return handle
         with torch.inference_mode():
             inputs = self._inputs.gather(plan, self._previous)
-            plans = {name: kernel.plan(inputs.layouts[name]) for name, kernel in self._kernels}
             prepared_s = time.perf_counter()
-            hidden = self._model.embed(inputs.token_ids)
-            ctx = ForwardContext(inputs.positions, inputs.kv_slots, plans)
-            for layer in self._model.layers:
-                hidden = layer(hidden, ctx)
-            if plan.sample_rows:
-                handle.logits = self._logits(plan, inputs, hidden)
-            if plan.prompt_logprobs:
-                handle.hidden, handle.inputs = hidden, inputs
+            if self.graphs is not None and self.graphs.covers(plan):
+                num_replays = self.graphs.stats.num_replays
+                handle.logits = self.graphs.logits(inputs)
+                handle.times.is_replayed = self.graphs.stats.num_replays > num_replays
+            if handle.logits is None:
+                prepared_s = self._compute(handle, inputs)
         handle.times.prepare_s = prepared_s - started_s
         handle.times.forward_ended_s = time.perf_counter()
         handle.times.forward_s = handle.times.forward_ended_s - prepared_s
         return handle
+
+    def _compute(self, handle: RunnerHandle, inputs: StepInputs) -> float:
+        """The forward, op by op. Returns when its kernels' plans were made."""
+        plan = handle.plan
+        plans = {name: kernel.plan(inputs.layouts[name]) for name, kernel in self._kernels}
+        prepared_s = time.perf_counter()
+        hidden = self._model.embed(inputs.token_ids)
+        ctx = ForwardContext(inputs.positions, inputs.kv_slots, plans)
+        for layer in self._model.layers:
+            hidden = layer(hidden, ctx)
+        if plan.sample_rows:
+            handle.logits = self._logits(plan, inputs, hidden)
+        if plan.prompt_logprobs:
+            handle.hidden, handle.inputs = hidden, inputs
+        return prepared_s
 
     def sample(self, handle: RunnerHandle) -> StepResult:
         """Choose a token for every sample of the handle's plan."""

@@ -156,7 +156,8 @@ class CoreParts:
             weight = self._new_parameter(f"{name}.weight", (vocab_size, size), "vocab")
         else:
             weight = self.parameters[f"{tied_to}.weight"]
-        return self._bind(_BoundLinear(self.op("linear"), weight, None, self._all_gather))
+        product = self.op("lm_head", unfused=self.op("linear"))
+        return self._bind(_BoundLinear(product, weight, None, self._all_gather))
 
     def attention(
         self, group: str, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int, scale: float,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.attention import AttentionKernel
 from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel
 from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
 from xllm_core.plugins.contracts.model import Model
 from xllm_core.plugins.contracts.sampling import LogitsProcessor, Sampler
+from xllm_core.runtime.graphs import DecodeGraphs, GraphStats
 from xllm_core.runtime.inputs import InputBuffers
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
@@ -23,7 +26,7 @@ from xllm_core.types import StepPlan, StepResult
 class WorkerParts:
     """Everything a worker is made of, already chosen and built; see `xllm_core.engine.build`.
 
-    bind_kv: gives each attention layer its cache tensors.
+    bind_kv: gives each attention layer its cache tensors. has_graphs: device and kernels are `GraphDevice` and `GraphKernel`, and wanted as such.
     """
 
     device: DeviceBackend
@@ -33,6 +36,7 @@ class WorkerParts:
     sampler: Sampler
     processors: list[LogitsProcessor]
     bind_kv: Callable[[KVCache], None]
+    has_graphs: bool = False
 
 
 class Worker:
@@ -58,9 +62,15 @@ class Worker:
             block_size=geometry.block_size,
         )
         sampling = SamplingState(parts.device, parts.processors, num_slots=num_slots)
+        graphs = None
+        if parts.has_graphs:
+            graphs = DecodeGraphs(
+                cast(GraphDevice, parts.device), parts.model, cast(Mapping[str, GraphKernel], parts.kernels), max_rows=num_slots,
+                max_blocks=inputs.max_blocks,
+            )  # fmt: skip
         self._runner = ModelRunner(
             parts.device, parts.model, kernels=parts.kernels, inputs=inputs, cache=self.cache, sampler=parts.sampler,
-            sampling=sampling, copy_blocks=parts.copy_blocks,
+            sampling=sampling, copy_blocks=parts.copy_blocks, graphs=graphs,
         )  # fmt: skip
         self._mover: KVMover | None = store.mover(self.cache) if store is not None else None
 
@@ -83,6 +93,10 @@ class Worker:
         if self._mover is not None:
             result.finished_transfers = self._mover.poll()
         return result
+
+    def graph_stats(self) -> GraphStats | None:
+        """What graphs did so far; None where there are none."""
+        return self._runner.graphs.stats if self._runner.graphs is not None else None
 
     def close(self) -> None:
         """End the mover's threads."""

@@ -180,6 +180,7 @@ class Metrics:
         self._preemptions[engine].inc(stats.num_preemptions - seen.num_preemptions)
         self._queries[engine].inc(stats.query_tokens - seen.query_tokens)
         self._hits[engine].inc(stats.hit_tokens - seen.hit_tokens)
+        self._replays[engine].inc(stats.num_replays - seen.num_replays)
         for name, count in stats.store.items():
             self._store.labels(self._model_name, str(engine), name).set(count)
 
@@ -241,6 +242,7 @@ class Metrics:
         self._preemptions = self._counters("vllm:num_preemptions", "Sequences that lost their place", num_engines)
         self._queries = self._counters("vllm:prefix_cache_queries", "Prompt tokens looked up", num_engines)
         self._hits = self._counters("vllm:prefix_cache_hits", "Prompt tokens found in the cache", num_engines)
+        self._replays = self._counters("xllm:graph_replays", "Steps replayed from recorded graphs", num_engines)
         self._prompt_tokens = self._counters("vllm:prompt_tokens", "Prompt tokens of requests that began", 1)[0]
         self._generation_tokens = self._counters("vllm:generation_tokens", "Tokens given out", 1)[0]
         self._success = Counter(

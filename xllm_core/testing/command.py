@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from xllm_core.config_sources import guess
+from xllm_core.errors import PluginError
+from xllm_core.plugins.installed import installed_plugins
 from xllm_core.testing.check import run_kit
 from xllm_core.testing.report import ComponentReport, ConformanceReport
 
@@ -42,6 +45,11 @@ def command(
     Ends with a table: what was proven, what failed, and what could not run here and why. Exit status 1 if anything failed, or if nothing
     that the plugin offers could run.
     """
+    known = sorted({entry.id for entry in installed_plugins()})
+    if plugin_id not in known:
+        raise PluginError(
+            f"no plugin {plugin_id!r} is installed{guess(plugin_id, known)}; installed: {', '.join(known)}"
+        )
     arguments = ["-k", expression] if expression else []
     arguments += ["-v"] if verbose else []
     default = Path("xllm.toml")
@@ -55,7 +63,9 @@ def command(
 
 
 def table(report: ConformanceReport) -> list[str]:
-    """A line per component, then reasons; failures were shown as they happened."""
+    """A line per component, then reasons; failures were shown as they happened. Where nothing came to run, the verdict alone."""
+    if not report.components:
+        return [report.verdict]
     width = max([len(component.name) for component in report.components] or [9])
     lines = [f"{'component':<{width}}  proven  failed  skipped"]
     for component in report.components:

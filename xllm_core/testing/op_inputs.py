@@ -72,6 +72,11 @@ def _linear(draw: Draw, tokens: int) -> Iterable[Call]:
         yield Call((draw(tokens, in_features),), prepared=(weight, bias))
 
 
+def _lm_head(draw: Draw, tokens: int) -> Iterable[Call]:
+    for in_features, out_features in ((64, 48), (33, 7), (16, 4100)):
+        yield Call((draw(tokens, in_features),), prepared=(draw(out_features, in_features), None))
+
+
 def _linear_float32(draw: Draw, tokens: int) -> Iterable[Call]:
     for in_features, out_features in ((64, 16), (33, 7)):
         yield Call((draw(tokens, in_features),), prepared=(draw(out_features, in_features).float(), None))
@@ -178,6 +183,7 @@ OPS: Mapping[str, OpInputs] = {
     "block_copy": OpInputs(_block_copy, roundings=0, caches=(0,)),
     "linear_float32": OpInputs(_linear_float32),
     "moe_experts": OpInputs(_moe_experts, roundings=6),
+    "lm_head": OpInputs(_lm_head),
     "linear_silu_mul": OpInputs(_linear_silu_mul, roundings=5),
     "rope_kv_write": OpInputs(_rope_kv_write, roundings=3, caches=(5,)),
 }

@@ -16,13 +16,15 @@ XLLM_API int xllm_max_rows();
 XLLM_API void xllm_set_threads(int count);
 XLLM_API int xllm_threads();
 
-// Linear. n: rows of the weight (with `fuses` both halves), k: its columns. bias: float32, packed like the columns.
+// Linear. n: rows of the weight (with `fuses` both halves), k: its columns. bias: float32, packed like the columns. is_wide: out is float32,
+// without `fuses`.
 XLLM_API int64_t xllm_packed_elements(int64_t n, int64_t k, int is_bf16, int fuses);
 XLLM_API int64_t xllm_packed_columns(int64_t n, int fuses);
 XLLM_API int xllm_pack(const void* weight, int64_t n, int64_t k, int is_bf16, int fuses, void* out);
 XLLM_API int xllm_pack_bias(const float* bias, int64_t n, int fuses, float* out);
 XLLM_API int xllm_linear(
-    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses);
+    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses,
+    int is_wide);
 
 // Gated experts. x, out: [tokens][hidden]; ids, weights: [tokens][top_k], id -1 is skipped; gate_up, down: the packed weights of one expert after
 // the other, gate_up packed with `fuses`; counts: [num_experts], added to.
@@ -50,20 +52,33 @@ XLLM_API int xllm_rope_kv_write(
     int64_t num_slots, int is_bf16);
 XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer);
 
-// Attention over paged KV in layout BSGD. tasks: [num_tasks][3] (row, KV head, first query token), as `xllm_attention_tasks` lays them out.
+// out = a + b, all contiguous: [rows][size].
+XLLM_API int xllm_add(const void* a, const void* b, void* out, int64_t rows, int64_t size, int is_bf16);
+
+// Attention over paged KV in layout BSGD. tasks: [num_tasks][3] (row, KV head or -1 for all, first query token), as `xllm_attention_tasks` lays them out.
 struct XllmAttention {
-  const void* q;                // [T][H][D]
-  const void* k;                // [B][S][G][D]
-  const void* v;
-  void* out;                    // [T][H][D]
   const int32_t* query_starts;  // [R + 1]
   const int32_t* kv_lens;       // [R]
   const int32_t* tables;        // [R][table_width]
   const int32_t* tasks;
-  int64_t num_tasks, table_width, num_blocks;
+  int64_t num_tasks, table_width;
   int32_t num_rows, num_heads, num_kv_heads, head_size, block_size, window;  // window: 0 for none
   float scale, soft_cap;                                                     // soft_cap: 0 for none
   int32_t is_bf16, max_kv_len;
 };
 XLLM_API int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks);
-XLLM_API int xllm_attention(const XllmAttention* call);
+// q, out: [T][H][D], k, v: [B][S][G][D].
+XLLM_API int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out);
+
+// Recorded calls. arguments: in the order of the function's, integers and pointers as they are, floats in the low half. rows_at: which argument
+// is the number of rows, -1 for none; it becomes rows * rows_factor.
+#define XLLM_MAX_ARGUMENTS 20
+struct XllmCall {
+  int32_t op, rows_at;
+  int64_t rows_factor;
+  uint64_t arguments[XLLM_MAX_ARGUMENTS];
+};
+// The number of a function by its name without prefix, -1 for one that cannot be recorded.
+XLLM_API int xllm_replay_op(const char* name);
+// Runs them in order. Returns 0, or the 1-based number of the call that refused; those after it were not made.
+XLLM_API int64_t xllm_replay(const XllmCall* calls, int64_t count, int64_t rows);

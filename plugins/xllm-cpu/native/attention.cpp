@@ -22,10 +22,14 @@ namespace {
 constexpr int CHUNK = 64;    // positions whose keys and values are packed at a time; a multiple of NR for every instruction set
 constexpr int SPLIT = 256;   // positions of one partial result
 constexpr int QUERIES = 96;  // rows of one task, at most: tokens times the heads of the group
+constexpr int ALL = -1;      // a task of all KV heads
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 static_assert(CHUNK % NR == 0 && SPLIT % CHUNK == 0);
 
 inline int tokens_per_task(int group) { return std::max(1, QUERIES / group); }
+
+// Up to so many tokens a row is one task of all its KV heads: keys and values of a position lie side by side, and are read in one sweep.
+inline int tokens_of_all(int group) { return std::max(1, MAX_MR / group); }
 
 // Partial or whole result of n queries: greatest score, sum of weights, weighted values [n][width].
 struct State {
@@ -44,22 +48,28 @@ template <class E> struct Buffers {
   State part, whole;
 };
 
+// A step's call, with this layer's tensors.
+struct Layer : XllmAttention {
+  const void *q, *k, *v;
+  void* out;
+};
+
 template <class E> struct Worker {
   using T = typename E::T;
-  const XllmAttention& call;
+  const Layer& call;
   const int group, head_size;
   const int64_t key_steps, value_panels, width, q_width;  // width: head_size in whole panels
   std::vector<T>&queries, &keys, &values, &weights;
   std::vector<float>& scores;
   State &part, &whole;
-  // of the task at hand
-  int row = 0, kv_head = 0, first = 0, tokens = 0, num_queries = 0, past = 0;
+  // of the task at hand; its queries lie head by head, and of each KV head token by token
+  int row = 0, kv_head = 0, num_kv_heads = 1, first = 0, tokens = 0, per_head = 0, num_queries = 0, past = 0;
 
-  Worker(const XllmAttention& c, Buffers<E>& b)
+  Worker(const Layer& c, Buffers<E>& b)
       : call(c), group(c.num_heads / c.num_kv_heads), head_size(c.head_size), key_steps(steps_of<E>(c.head_size)),
         value_panels(round_up(c.head_size, NR) / NR), width(value_panels * NR), q_width(key_steps * E::P), queries(b.queries), keys(b.keys),
         values(b.values), weights(b.weights), scores(b.scores), part(b.part), whole(b.whole) {
-    const auto rows = static_cast<size_t>(tokens_per_task(group) * group);
+    const auto rows = static_cast<size_t>(std::max(tokens_per_task(group) * group, tokens_of_all(group) * c.num_heads));
     queries.resize(rows * static_cast<size_t>(q_width));
     keys.resize(static_cast<size_t>(CHUNK * q_width));
     values.resize(static_cast<size_t>(CHUNK * width));
@@ -68,42 +78,63 @@ template <class E> struct Worker {
   }
 
   void take(const int32_t* task) {
-    row = task[0], kv_head = task[1], first = task[2];
+    row = task[0], kv_head = std::max(0, task[1]), num_kv_heads = task[1] == ALL ? call.num_kv_heads : 1, first = task[2];
     const int begin = call.query_starts[row], end = call.query_starts[row + 1];
-    tokens = std::min(tokens_per_task(group), end - first);
-    num_queries = tokens * group;
+    tokens = std::min(task[1] == ALL ? tokens_of_all(group) : tokens_per_task(group), end - first);
+    per_head = tokens * group, num_queries = per_head * num_kv_heads;
     past = call.kv_lens[row] - (end - begin) - begin;  // position of flat token t is past + t
-    for (int t = 0; t < tokens; t++)
-      for (int g = 0; g < group; g++) {
-        const auto* from = static_cast<const T*>(call.q) + (static_cast<int64_t>(first + t) * call.num_heads + kv_head * group + g) * head_size;
-        T* to = queries.data() + (t * group + g) * q_width;
-        std::memcpy(to, from, sizeof(T) * static_cast<size_t>(head_size));
-        for (int64_t d = head_size; d < q_width; d++) to[d] = T{0};
-      }
+    for (int query = 0; query < num_queries; query++) {
+      T* to = queries.data() + query * q_width;
+      std::memcpy(to, static_cast<const T*>(call.q) + head_of(query) * head_size, sizeof(T) * static_cast<size_t>(head_size));
+      for (int64_t d = head_size; d < q_width; d++) to[d] = T{0};
+    }
   }
 
-  int position(int query) const { return past + first + query / group; }
+  // Where a query's head lies among all heads of all tokens.
+  int64_t head_of(int query) const {
+    const int head = query / per_head, at = query % per_head;
+    return static_cast<int64_t>(first + at / group) * call.num_heads + (kv_head + head) * group + at % group;
+  }
+  int position(int query) const { return past + first + query % per_head / group; }
   int last() const { return past + first + tokens - 1; }
   int begin_of(int query) const { return call.window > 0 ? std::max(0, position(query) - call.window + 1) : 0; }
   int first_split() const { return begin_of(0) / SPLIT; }
   int num_splits() const { return last() / SPLIT + 1; }
 
-  // Address of a position's keys or values, null for a hole or a block that is not there.
-  const T* at(const void* cache, int position) const {
-    const int32_t block = call.tables[row * call.table_width + position / call.block_size];
-    if (block < 0) return nullptr;
-    const int64_t slot = static_cast<int64_t>(block) * call.block_size + position % call.block_size;
-    return static_cast<const T*>(cache) + (slot * call.num_kv_heads + kv_head) * head_size;
+  // Calls fn(p, element offset of the keys and values of `head` at position start + p) for positions from `from` to `to` of a chunk whose block is there.
+  template <class Fn> void each_slot(int head, int start, int from, int to, Fn fn) const {
+    const int32_t* table = call.tables + row * call.table_width;
+    const int64_t stride = static_cast<int64_t>(call.num_kv_heads) * head_size;
+    for (int p = std::max(0, from - start), end = std::min(CHUNK, to - start); p < end;) {
+      const int index = (start + p) / call.block_size, slot = (start + p) % call.block_size, block_end = std::min(end, p + call.block_size - slot);
+      if (table[index] < 0) {
+        p = block_end;
+        continue;
+      }
+      int64_t offset = (static_cast<int64_t>(table[index]) * call.block_size + slot) * stride + static_cast<int64_t>(head) * head_size;
+      for (; p < block_end; p++, offset += stride) fn(p, offset);
+    }
+  }
+
+  // Read every line of a chunk of all heads once, in the order of memory: the processor then reads ahead. Packing takes the heads one by one and
+  // would wait for each line; prefetches by the hundred are dropped.
+  void touch(int start, int from, int to) const {
+    const int64_t num_bytes = num_kv_heads * head_size * static_cast<int64_t>(sizeof(T));
+    for (const void* cache : {call.k, call.v})
+      each_slot(kv_head, start, from, to, [&](int, int64_t offset) {
+        const auto* line = reinterpret_cast<const volatile char*>(static_cast<const T*>(cache) + offset);
+        for (int64_t at = 0; at < num_bytes; at += 64) (void)line[at];
+      });
   }
 
   // Keys and values of positions `from` to `to` of the chunk at `start`, packed; what lies outside may never have been written and is zero here.
-  void pack(int start, int from, int to) {
-    const T* from_k[CHUNK];
-    const T* from_v[CHUNK];
-    for (int p = 0; p < CHUNK; p++) {
-      from_k[p] = start + p >= from && start + p < to ? at(call.k, start + p) : nullptr;
-      from_v[p] = from_k[p] != nullptr ? at(call.v, start + p) : nullptr;
-    }
+  void pack(int head, int start, int from, int to) {
+    const T* from_k[CHUNK] = {};
+    const T* from_v[CHUNK] = {};
+    each_slot(head, start, from, to, [&](int p, int64_t offset) {
+      from_k[p] = static_cast<const T*>(call.k) + offset;
+      from_v[p] = static_cast<const T*>(call.v) + offset;
+    });
 #if defined(__AVX512F__)
     if (head_size * sizeof(T) % 64 == 0) pack_keys_by_16(from_k);
     else
@@ -163,11 +194,15 @@ template <class E> struct Worker {
     part.reset(num_queries, width);
     const int begin = std::max(split * SPLIT, begin_of(0) / CHUNK * CHUNK), end = std::min((split + 1) * SPLIT, last() + 1);
     for (int start = begin; start < end; start += CHUNK) {
-      pack(start, begin_of(0), end);
-      for (int query = 0; query < num_queries; query += MAX_MR) {
-        const int count = std::min(MAX_MR, num_queries - query);
-        if (position(query + count - 1) < start) continue;  // none of them sees this chunk
-        with_rows(count, [&]<int MR>() { chunk<MR>(query, start); });
+      if (num_kv_heads > 1) touch(start, begin_of(0), end);
+      for (int head = 0; head < num_kv_heads; head++) {
+        pack(kv_head + head, start, begin_of(0), end);
+        const int past_head = (head + 1) * per_head;
+        for (int query = head * per_head; query < past_head; query += MAX_MR) {
+          const int count = std::min(MAX_MR, past_head - query);
+          if (position(query + count - 1) < start) continue;  // none of them sees this chunk
+          with_rows(count, [&]<int MR>() { chunk<MR>(query, start); });
+        }
       }
     }
   }
@@ -247,8 +282,7 @@ template <class E> struct Worker {
     for (int query = 0; query < num_queries; query++) {
       const float* value = whole.value.data() + query * width;
       const F factor = set1(1.0f / whole.total[static_cast<size_t>(query)]);
-      const int64_t head = static_cast<int64_t>(first + query / group) * call.num_heads + kv_head * group + query % group;
-      T* to = static_cast<T*>(call.out) + head * head_size;
+      T* to = static_cast<T*>(call.out) + head_of(query) * head_size;
       for (int d = 0; d < head_size; d += W) store_part<E>(to + d, mul(load(value + d), factor), head_size - d);
     }
   }
@@ -264,13 +298,13 @@ template <class E> struct Worker {
   }
 };
 
-template <class E, class Fn> void with_worker(const XllmAttention& call, Fn fn) {
+template <class E, class Fn> void with_worker(const Layer& call, Fn fn) {
   thread_local Buffers<E> kept;
   Worker<E> worker(call, kept);
   fn(worker);
 }
 
-template <class E> void run_tasks(const XllmAttention& call) {
+template <class E> void run_tasks(const Layer& call) {
   const int64_t grain = std::max<int64_t>(1, call.num_tasks / (16 * num_threads()));
   parallel_for((call.num_tasks + grain - 1) / grain, [&](int64_t piece) {
     with_worker<E>(call, [&](Worker<E>& worker) {
@@ -280,7 +314,7 @@ template <class E> void run_tasks(const XllmAttention& call) {
 }
 
 // Fewer tasks than threads could share, and long contexts: splits are computed apart, then merged in the same order with the same arithmetic.
-template <class E> void run_splits(const XllmAttention& call) {
+template <class E> void run_splits(const Layer& call) {
   const int64_t splits = (call.max_kv_len + SPLIT - 1) / SPLIT;
   std::vector<State> parts(static_cast<size_t>(call.num_tasks * splits));
   parallel_for(call.num_tasks * splits, [&](int64_t piece) {
@@ -311,18 +345,28 @@ template <class E> void run_splits(const XllmAttention& call) {
 using namespace xllm;
 
 int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks) {
-  const int step = tokens_per_task(num_heads / num_kv_heads);
+  const int group = num_heads / num_kv_heads;
   int64_t count = 0;
-  for (int32_t row = num_rows - 1; row >= 0; row--)  // later rows are prompts more often than not: long tasks first
-    for (int32_t t = query_starts[row + 1] - 1 - (query_starts[row + 1] - query_starts[row] - 1) % step; t >= query_starts[row]; t -= step)
-      for (int32_t g = 0; g < num_kv_heads; g++, count++)
-        if (tasks != nullptr) tasks[3 * count] = row, tasks[3 * count + 1] = g, tasks[3 * count + 2] = t;
+  auto add = [&](int32_t row, int32_t head, int32_t token) {
+    if (tasks != nullptr) tasks[3 * count] = row, tasks[3 * count + 1] = head, tasks[3 * count + 2] = token;
+    count++;
+  };
+  for (int32_t row = num_rows - 1; row >= 0; row--) {  // later rows are prompts more often than not: long tasks first
+    const int32_t begin = query_starts[row], num_tokens = query_starts[row + 1] - begin, step = tokens_per_task(group);
+    if (num_tokens > 0 && num_tokens <= tokens_of_all(group) && num_rows >= 4 * num_threads()) {
+      add(row, ALL, begin);
+      continue;
+    }
+    for (int32_t t = begin + num_tokens - 1 - (num_tokens - 1) % step; num_tokens > 0 && t >= begin; t -= step)
+      for (int32_t head = 0; head < num_kv_heads; head++) add(row, head, t);
+  }
   return count;
 }
 
-int xllm_attention(const XllmAttention* call) {
-  const bool is_short_of_tasks = call->num_tasks < 2 * num_threads() && call->max_kv_len > SPLIT && num_threads() > 1;
-  if (call->is_bf16) is_short_of_tasks ? run_splits<Bf16>(*call) : run_tasks<Bf16>(*call);
-  else is_short_of_tasks ? run_splits<F32>(*call) : run_tasks<F32>(*call);
+int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out) {
+  const Layer layer{*step, q, k, v, out};
+  const bool is_short_of_tasks = layer.num_tasks < 2 * num_threads() && layer.max_kv_len > SPLIT && num_threads() > 1;
+  if (layer.is_bf16) is_short_of_tasks ? run_splits<Bf16>(layer) : run_tasks<Bf16>(layer);
+  else is_short_of_tasks ? run_splits<F32>(layer) : run_tasks<F32>(layer);
   return 0;
 }

@@ -23,7 +23,7 @@ template <class E> void all_experts(const Call<E>& first, const int64_t* starts,
     const int64_t expert = piece / groups, group = piece % groups, from = starts[expert], count = starts[expert + 1] - from;
     if (count == 0) return;
     Call<E> call = first;
-    call.x += from * call.ldx, call.out += from * call.ldo, call.packed += expert * packed_size, call.m = count;
+    call.x += from * call.ldx, call.out = static_cast<typename E::T*>(call.out) + from * call.ldo, call.packed += expert * packed_size, call.m = count;
     call.panels(group * grain, std::min(panels, (group + 1) * grain));
   });
 }
@@ -51,8 +51,8 @@ void run(
         std::memcpy(room.x.data() + row * ldx, x + t * hidden, sizeof(T) * static_cast<size_t>(hidden));
   });
   const int64_t up_size = num_panels(2 * inner, true) * panel_size<E>(hidden), down_size = num_panels(hidden, false) * panel_size<E>(inner);
-  all_experts<E>({room.x.data(), gate_up, nullptr, room.inner.data(), 0, 2 * inner, hidden, ldx, ldi, true}, starts.data(), num_experts, up_size);
-  all_experts<E>({room.inner.data(), down, nullptr, room.out.data(), 0, hidden, inner, ldi, hidden, false}, starts.data(), num_experts, down_size);
+  all_experts<E>({room.x.data(), gate_up, nullptr, room.inner.data(), 0, 2 * inner, hidden, ldx, ldi, true, false}, starts.data(), num_experts, up_size);
+  all_experts<E>({room.inner.data(), down, nullptr, room.out.data(), 0, hidden, inner, ldi, hidden, false, false}, starts.data(), num_experts, down_size);
   parallel_for(tokens, [&](int64_t t) {
     for (int64_t d = 0; d < hidden; d += W) {
       F total = zero();

@@ -25,9 +25,10 @@ template <class E> void pack(const typename E::T* weight, int64_t n, int64_t k, 
 }
 
 template <class E>
-int run(const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int fuses) {
+int run(const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int fuses,
+        int is_wide) {
   using T = typename E::T;
-  Call<E>{static_cast<const T*>(x), static_cast<const T*>(packed), bias, static_cast<T*>(out), m, n, k, ldx, ldo, fuses != 0}.run();
+  Call<E>{static_cast<const T*>(x), static_cast<const T*>(packed), bias, out, m, n, k, ldx, ldo, fuses != 0, is_wide != 0}.run();
   return 0;
 }
 
@@ -58,6 +59,8 @@ int xllm_pack_bias(const float* bias, int64_t n, int fuses, float* out) {
 }
 
 int xllm_linear(
-    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses) {
-  return is_bf16 ? run<Bf16>(x, packed, bias, out, m, n, k, ldx, ldo, fuses) : run<F32>(x, packed, bias, out, m, n, k, ldx, ldo, fuses);
+    const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses,
+    int is_wide) {
+  const auto call = is_bf16 ? run<Bf16> : run<F32>;
+  return call(x, packed, bias, out, m, n, k, ldx, ldo, fuses, is_wide);
 }

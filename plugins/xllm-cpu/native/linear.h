@@ -23,9 +23,9 @@ template <class E> struct Call {
   const typename E::T* x;
   const typename E::T* packed;
   const float* bias;  // in the order of packed lanes, padded; null for none
-  typename E::T* out;
+  void* out;          // E::T, or float with is_wide
   int64_t m, n, k, ldx, ldo;
-  bool fuses;
+  bool fuses, is_wide;
 
   template <int MR> void tile(int64_t row, int64_t panel) const {
     F c[MR][2];
@@ -36,15 +36,17 @@ template <class E> struct Call {
       for (int i = 0; i < MR; i++) c[i][0] = add(c[i][0], b0), c[i][1] = add(c[i][1], b1);
     }
     for (int i = 0; i < MR; i++) {
-      typename E::T* to = out + (row + i) * ldo;
-      if (fuses) {
-        store_part<E>(to + panel * W, mul(silu(c[i][0]), c[i][1]), n / 2 - panel * W);
-      } else {
-        const int64_t left = n - panel * NR;
-        store_part<E>(to + panel * NR, c[i][0], left);
-        if (left > W) store_part<E>(to + panel * NR + W, c[i][1], left - W);
-      }
+      if (fuses) store_part<E>(static_cast<typename E::T*>(out) + (row + i) * ldo + panel * W, mul(silu(c[i][0]), c[i][1]), n / 2 - panel * W);
+      else if (is_wide) put<F32>(row + i, panel, c[i]);
+      else put<E>(row + i, panel, c[i]);
     }
+  }
+
+  template <class O> void put(int64_t row, int64_t panel, const F (&c)[2]) const {
+    typename O::T* to = static_cast<typename O::T*>(out) + row * ldo + panel * NR;
+    const int64_t left = n - panel * NR;
+    store_part<O>(to, c[0], left);
+    if (left > W) store_part<O>(to + W, c[1], left - W);
   }
 
   void rows(int64_t first, int64_t last, int64_t panel) const {

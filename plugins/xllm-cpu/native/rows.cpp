@@ -47,6 +47,12 @@ void rms_norm(const typename E::T* x, int64_t ldx, const typename E::T* weight, 
   });
 }
 
+template <class E> void add_rows(const typename E::T* a, const typename E::T* b, typename E::T* out, int64_t rows, int64_t size) {
+  for_rows(rows, size, [=](int64_t row) {
+    for (int64_t i = row * size, end = i + size; i < end; i += W) store_part<E>(out + i, add(load_part<E>(a + i, end - i), load_part<E>(b + i, end - i)), end - i);
+  });
+}
+
 template <class E>
 void add_rms_norm(
     const typename E::T* x, const typename E::T* residual, const typename E::T* weight, float eps, typename E::T* total, typename E::T* out,
@@ -211,5 +217,11 @@ int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t
   const auto size = static_cast<size_t>(block_bytes);
   parallel_for(count, [=](int64_t i) { std::memcpy(kept + i * block_bytes, blocks + from[i] * block_bytes, size); });
   parallel_for(count, [=](int64_t i) { std::memcpy(blocks + to[i] * block_bytes, kept + i * block_bytes, size); });
+  return 0;
+}
+
+int xllm_add(const void* a, const void* b, void* out, int64_t rows, int64_t size, int is_bf16) {
+  if (is_bf16) add_rows<Bf16>(static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<bf16*>(out), rows, size);
+  else add_rows<F32>(static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(out), rows, size);
   return 0;
 }

@@ -5,22 +5,19 @@ In child processes `sitecustomize`, which Python imports at start, puts this in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import importlib_metadata
 
 _GROUP = "xllm_core.plugins"
-_all_entry_points = importlib_metadata.entry_points
+_all_distributions = importlib_metadata.distributions
 
 
-def hide_installed(**wanted: Any) -> importlib_metadata.EntryPoints:
-    """`importlib_metadata.entry_points` without the plugins that an installer put here, the core's own excepted."""
-
-    def is_seen(entry: importlib_metadata.EntryPoint) -> bool:
-        dist = entry.dist
-        if entry.group != _GROUP or dist is None or dist.metadata["Name"] == "xllm-core":
-            return True
-        return "site-packages" not in Path(str(dist.locate_file(""))).parts
-
-    return importlib_metadata.EntryPoints(entry for entry in _all_entry_points(**wanted) if is_seen(entry))
+def seen_distributions(**wanted: Any) -> Iterator[importlib_metadata.Distribution]:
+    """`importlib_metadata.distributions` without the plugins that an installer put here, the core's own excepted."""
+    for dist in _all_distributions(**wanted):
+        is_installed = "site-packages" in Path(str(dist.locate_file(""))).parts
+        if not is_installed or dist.metadata["Name"] == "xllm-core" or not dist.entry_points.select(group=_GROUP):
+            yield dist

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 import importlib_metadata
-from hiding import hide_installed
+from hiding import seen_distributions
 
-importlib_metadata.entry_points = hide_installed
+importlib_metadata.distributions = seen_distributions

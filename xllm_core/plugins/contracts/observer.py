@@ -12,7 +12,7 @@ class StepRecord:
     """One engine step. Durations are seconds on the thread that did the work; without overlap they add up to the step.
 
     started_s, forward_ended_s: `time.perf_counter` when scheduling began, and when the worker had made its last call of the forward. A
-    step was planned while the one before it ran if it started before that one's forward had ended.
+    step was planned while the one before it ran if it started before that one's forward had ended. is_replayed: from a recorded graph.
     """
 
     step: int
@@ -30,6 +30,7 @@ class StepRecord:
     num_preempted: int
     used_blocks: int
     total_blocks: int
+    is_replayed: bool = False
 
 
 class Observer(Protocol):

@@ -25,6 +25,7 @@ Fusions stand for several ops in a row. A device may do without: `Parts` then ca
 | fusion | call | stands for |
 |---|---|---|
 | `linear_silu_mul` | `LinearOp` over stacked gate and up, returns [T, out / 2] | `silu_mul(linear(x))` |
+| `lm_head` | `LinearOp`, returns [T, out] float32 | `linear(x)`, not rounded to the model's dtype: scores that differ stay different |
 | `rope_kv_write` | `(q, k, v, cos, sin, caches: (k, v), slots) -> q rotated` | `q, k = rope(q, k, cos, sin)`, `kv_write((k, v), caches, slots)` |
 
 A plugin may fuse under names of its own, for models that ask for them: `Parts.op(name, unfused=...)`.
@@ -46,15 +47,16 @@ MODEL_OPS = ("linear_float32", "moe_experts")
 
 CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
     "linear_silu_mul": ("linear", "silu_mul"),
+    "lm_head": ("linear",),
     "rope_kv_write": ("rope", "kv_write"),
 }
 """What the core's models can have fused, and what each fusion replaces."""
 
 REFERENCE_OPS = {
     op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
-    for op in (*CORE_OPS, *MODEL_OPS)
+    for op in (*CORE_OPS, *MODEL_OPS, "lm_head")
 }
-"""Targets of the definitions. They compute with torch on whatever device their tensors are: a new device offers them until it has its own."""
+"""Targets of the definitions, and of the one fusion that the reference has a use for itself. They compute with torch on whatever device their tensors are: a new device offers them until it has its own."""
 
 REFERENCE_ATTENTION = "xllm_core.reference.attention:ReferenceAttention"
 """Target of the reference kernel; layout "BSGD", features "sliding_window" and "soft_cap". It lays steps out on the host: CPUs only."""

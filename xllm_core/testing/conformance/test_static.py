@@ -9,8 +9,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import xllm_core
-from xllm_core.plugins.manager import CORE, GROUP
+from xllm_core.plugins.installed import GROUP
 from xllm_core.plugins.plan import load_target
+from xllm_core.plugins.records import CORE
 from xllm_core.plugins.specs import API_VERSION
 from xllm_core.testing.imports import find_tampering, loaded_by, private_imports, sources
 from xllm_core.testing.plugin import Kit, kit_of

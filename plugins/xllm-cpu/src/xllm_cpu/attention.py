@@ -9,21 +9,21 @@ import torch
 
 from xllm_core.plugins import AttentionGeometry, BatchLayout, KVSegments
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.native import AttentionCall
+from xllm_cpu.native import AttentionStep
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """One step: the call, but for its tensors, and what its pointers point to. highest_block: in any table."""
+    """One step, and what its pointers point to. highest_block: in any table. kept: query starts, KV lengths, tables, tasks."""
 
-    call: AttentionCall
+    step: AttentionStep
     kept: tuple[torch.Tensor, ...]
     num_tokens: int
     highest_block: int
 
 
 class PagedAttention:
-    """An `AttentionKernel` for layout BSGD."""
+    """A `GraphKernel` for layout BSGD."""
 
     def __init__(self, device: CpuDevice, geometry: AttentionGeometry) -> None:
         self._native, self._geometry = device.native, geometry
@@ -31,33 +31,76 @@ class PagedAttention:
 
     def plan(self, batch: BatchLayout) -> Plan:
         """Tasks of the step: so many queries of one row and KV head each. Raises ValueError for lengths or tables that do not fit together."""
-        geometry = self._geometry
         starts, kv_lens, tables = (
             t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables)
         )
+        self._check(starts, kv_lens, tables)
+        tasks = torch.empty(self._count_tasks(starts, len(kv_lens)), 3, dtype=torch.int32)
+        plan = Plan(self._step(starts, kv_lens, tables, tasks), (starts, kv_lens, tables, tasks), 0, -1)
+        self._lay_out(plan, len(kv_lens), tables)
+        return plan
+
+    def graph_plan(self, max_rows: int, max_blocks: int) -> Plan:
+        """A plan of up to `max_rows` single tokens, to be filled by `refill`."""
+        shapes = ((max_rows + 1,), (max_rows,), (max_rows, max_blocks), (max_rows * self._geometry.num_kv_heads, 3))
+        kept = tuple(torch.zeros(shape, dtype=torch.int32) for shape in shapes)
+        return Plan(self._step(*kept), kept, max_rows, -1)
+
+    def refill(self, plan: Plan, batch: BatchLayout) -> None:
+        """In place; the batch must fit."""
+        starts, kv_lens, tables, _ = plan.kept
+        num_rows, width = batch.block_tables.shape
+        self._check(batch.query_starts, batch.kv_lens, batch.block_tables)
+        if num_rows > len(kv_lens) or width > tables.shape[1] or int(batch.query_starts[-1]) != num_rows:
+            raise ValueError(
+                f"{num_rows} rows with {int(batch.query_starts[-1])} tokens and {width} blocks do not fit a graph of {len(kv_lens)} rows"
+                f" of one token and {tables.shape[1]} blocks"
+            )
+        starts[: num_rows + 1] = batch.query_starts
+        kv_lens[:num_rows] = batch.kv_lens
+        tables[:num_rows, :width] = batch.block_tables
+        self._lay_out(plan, num_rows, batch.block_tables)
+
+    def _check(self, starts: torch.Tensor, kv_lens: torch.Tensor, tables: torch.Tensor) -> None:
         num_rows = len(kv_lens)
         longest = int(kv_lens.max()) if num_rows else 0
         if num_rows and (
             len(starts) != num_rows + 1
             or bool((starts.diff() > kv_lens).any())
-            or longest > tables.shape[1] * geometry.block_size
+            or longest > tables.shape[1] * self._geometry.block_size
         ):
             raise ValueError(
                 f"{num_rows} rows of up to {longest} tokens do not fit {len(starts)} starts and"
-                f" tables of {tables.shape[1]} blocks of {geometry.block_size}"
+                f" tables of {tables.shape[1]} blocks of {self._geometry.block_size}"
             )
-        shape = (num_rows, geometry.num_heads, geometry.num_kv_heads)
-        num_tasks = self._native.attention_tasks(starts.data_ptr(), *shape, None)
-        tasks = torch.empty(num_tasks, 3, dtype=torch.int32)
-        self._native.attention_tasks(starts.data_ptr(), *shape, tasks.data_ptr())
-        call = AttentionCall(
-            query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr(), tables=tables.data_ptr(), tasks=tasks.data_ptr(), num_tasks=num_tasks,
-            table_width=tables.shape[1], num_rows=num_rows, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
-            head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
-            soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16), max_kv_len=longest,
+
+    def _count_tasks(self, starts: torch.Tensor, num_rows: int, tasks: torch.Tensor | None = None) -> int:
+        """Lay tasks out where room is given, and count them."""
+        geometry = self._geometry
+        count: int = self._native.attention_tasks(
+            starts.data_ptr(), num_rows, geometry.num_heads, geometry.num_kv_heads, None if tasks is None else tasks.data_ptr()
         )  # fmt: skip
-        highest = int(tables.max()) if tables.numel() else -1
-        return Plan(call, (starts, kv_lens, tables, tasks), int(starts[-1]), highest)
+        return count
+
+    def _step(
+        self, starts: torch.Tensor, kv_lens: torch.Tensor, tables: torch.Tensor, tasks: torch.Tensor
+    ) -> AttentionStep:
+        geometry = self._geometry
+        return AttentionStep(
+            query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr(), tables=tables.data_ptr(), tasks=tasks.data_ptr(),
+            table_width=tables.shape[1], num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
+            head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
+            soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16),
+        )  # fmt: skip
+
+    def _lay_out(self, plan: Plan, num_rows: int, tables: torch.Tensor) -> None:
+        starts, kv_lens, _, tasks = plan.kept
+        step = plan.step
+        step.num_rows, step.num_tasks = num_rows, self._count_tasks(starts, num_rows, tasks)
+        step.max_kv_len = int(kv_lens[:num_rows].max()) if num_rows else 0
+        plan.highest_block = int(tables.max()) if tables.numel() else -1
+        if not plan.num_tokens:
+            plan.num_tokens = int(starts[num_rows])
 
     def run(self, q: torch.Tensor, kv: KVSegments, plan: Plan, out: torch.Tensor) -> None:
         """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]. Raises ValueError or IndexError before anything is read that is not there."""
@@ -78,14 +121,6 @@ class PagedAttention:
             raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-        call = plan.call
-        call.q, call.k, call.v, call.out, call.num_blocks = (
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            target.data_ptr(),
-            len(k),
-        )
-        self._native.attention(ctypes.byref(call))
+        self._native.attention(ctypes.addressof(plan.step), q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr())
         if target is not out:
             out.copy_(target)

@@ -7,13 +7,14 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from xllm_core.plugins import ConfigError, DeviceFacts, MemoryInfo
+from xllm_cpu.graphs import Arena, CpuGraph, capture
 from xllm_cpu.native import load
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -23,7 +24,7 @@ _ROOM = 64 << 20
 
 
 class CpuDevice:
-    """The CPU as a `DeviceBackend`. Work is synchronous; memory is the process's own.
+    """The CPU as a `GraphDevice`. Work is synchronous; memory is the process's own.
 
     index: must be 0. isa: instruction set of the kernels. torch is given one thread: its own would wait in a loop beside ours, and what the
     core leaves to it between two of our ops is small.
@@ -35,6 +36,7 @@ class CpuDevice:
         self.native = load(isa)
         self._room: torch.Tensor | None = None
         self._used = 0
+        self._arena = Arena(self.allocate)
         self.set_num_threads(_num_cores())
         torch.set_num_threads(1)
 
@@ -65,7 +67,9 @@ class CpuDevice:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         is_large = num_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
         try:
-            memory = mmap.mmap(-1, max(1, num_bytes + _HUGE if is_large else num_bytes))
+            memory = mmap.mmap(
+                -1, max(1, num_bytes + _HUGE if is_large else num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
         except (OSError, MemoryError, OverflowError) as error:
             raise MemoryError(
                 f"cannot allocate {num_bytes} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"
@@ -93,6 +97,10 @@ class CpuDevice:
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """The same tensor."""
         return host
+
+    def capture(self, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[CpuGraph, torch.Tensor]:
+        """Native calls with their arguments; see `GraphDevice`."""
+        return capture(self.native, self._arena, run, max_rows)
 
     def synchronize(self) -> None:
         """Nothing is ever pending."""

@@ -19,7 +19,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "packed_columns": (_I64, [_I64, _I32]),
     "pack": (_I32, [_P, _I64, _I64, _I32, _I32, _P]),
     "pack_bias": (_I32, [_P, _I64, _I32, _P]),
-    "linear": (_I32, [_P, _P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _I32]),
+    "linear": (_I32, [_P, _P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _I32, _I32]),
     "experts": (_I32, [*[_P] * 7, *[_I64] * 5, _I32]),
     "rms_norm": (_I32, [_P, _I64, _P, _F32, _P, _I64, _I64, _I32]),
     "add_rms_norm": (_I32, [_P, _P, _P, _F32, _P, _P, _I64, _I64, _I32]),
@@ -30,20 +30,33 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
     "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
     "attention_tasks": (_I64, [_P, _I32, _I32, _I32, _P]),
-    "attention": (_I32, [_P]),
+    "attention": (_I32, [_P, _P, _P, _P, _P]),
+    "add": (_I32, [_P, _P, _P, _I64, _I64, _I32]),
+    "replay_op": (_I32, [ctypes.c_char_p]),
+    "replay": (_I64, [_P, _I64, _I64]),
 }
 
+MAX_ARGUMENTS = 20
 
-class AttentionCall(ctypes.Structure):
+
+class AttentionStep(ctypes.Structure):
     """`XllmAttention` of `native/api.h`."""
 
     _fields_ = [
-        *((name, _P) for name in ("q", "k", "v", "out", "query_starts", "kv_lens", "tables", "tasks")),
-        *((name, _I64) for name in ("num_tasks", "table_width", "num_blocks")),
+        *((name, _P) for name in ("query_starts", "kv_lens", "tables", "tasks")),
+        *((name, _I64) for name in ("num_tasks", "table_width")),
         *((name, _I32) for name in ("num_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "window")),
         *((name, _F32) for name in ("scale", "soft_cap")),
         *((name, _I32) for name in ("is_bf16", "max_kv_len")),
     ]
+
+
+class RecordedCall(ctypes.Structure):
+    """`XllmCall` of `native/api.h`."""
+
+    _fields_ = [
+        ("op", ctypes.c_int32), ("rows_at", ctypes.c_int32), ("rows_factor", _I64), ("arguments", ctypes.c_uint64 * MAX_ARGUMENTS),
+    ]  # fmt: skip
 
 
 class Library:

@@ -49,6 +49,7 @@ class Linear:
     """`linear`: x @ weight.T + bias."""
 
     _fuses = 0
+    _is_wide = 0  # whether results are float32 whatever x is
 
     def __init__(self, device: CpuDevice) -> None:
         self._native = device.native
@@ -78,10 +79,11 @@ class Linear:
         is_bf16 = _is_bf16(x)
         x = torch.nn.functional.pad(x, (0, 1)) if is_bf16 and k % 2 else _rows(x)  # bfloat16 is read in pairs
         width = n // 2 if self._fuses else n
-        out = torch.empty(x.shape[0], width, dtype=x.dtype)
+        out = torch.empty(x.shape[0], width, dtype=torch.float32 if self._is_wide else x.dtype)
         bias = prepared.bias.data_ptr() if prepared.bias is not None else None
         self._native.linear(
-            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), x.shape[0], n, k, x.stride(0), width, is_bf16, self._fuses
+            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), x.shape[0], n, k, x.stride(0), width, is_bf16, self._fuses,
+            self._is_wide,
         )  # fmt: skip
         return out
 
@@ -90,6 +92,12 @@ class LinearSiluMul(Linear):
     """`linear_silu_mul`: silu(gate(x)) * up(x) for stacked gate and up; nothing is rounded in between."""
 
     _fuses = 1
+
+
+class LmHead(Linear):
+    """`lm_head`: sums stay as they are."""
+
+    _is_wide = 1
 
 
 class LinearFloat32:
