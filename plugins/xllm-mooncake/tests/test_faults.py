@@ -18,8 +18,9 @@ from .real_master import Master, wait_for
 LOOKUP_S, LOAD_S = 0.5, 2.0
 """The defaults of lookup_timeout_s and load_timeout_s. A first token is late by their sum at most; README, "When something fails"."""
 
-FACTOR = 2.0
-"""Of the bound: this machine may be busy."""
+SLACK_S = 1.5
+"""On top of the bound: this machine may be busy. Together they are less than the 4.3 s for which a call of Mooncake blocks where its master is
+dead."""
 
 STEP_S = 2.0
 """A step of this model takes milliseconds, and a blocked call of Mooncake four seconds and more."""
@@ -48,7 +49,7 @@ def provider(master: Master) -> Iterator[subprocess.Popen[bytes]]:
 def is_right(found: dict[str, Any], expected: list[list[int]], *, late_s: float = LOOKUP_S + LOAD_S) -> None:
     """The tokens of no store, none of them late by more than the bound, and no step that waited."""
     assert found["tokens"] == expected
-    assert max(found["first_s"]) <= FACTOR * late_s + 1.0, found
+    assert max(found["first_s"]) <= late_s + SLACK_S, found
     assert found["longest_step_s"] < STEP_S, found
 
 
