@@ -176,8 +176,6 @@ class Verifier:
         with self.overlapped(max_num_seqs=2 * len(self.requests)) as engine:
             return Outcome(self._abort_mates(engine), num_wasted(engine), "rows of aborted neighbours")
 
-    # ---- what rows share -------------------------------------------------------------------------------------------------------
-
     def graph_replay(self) -> Outcome:
         """Decode steps from recorded graphs, planned ahead. Requests end one after the other, so that every bucket serves fewer and fewer rows."""
         shorter, expected = [], Tokens()
@@ -185,16 +183,15 @@ class Verifier:
             length = max(1, self.scale.new_tokens - i % self.scale.new_tokens)
             shorter.append(replace(request, params=replace(request.params, max_tokens=length)))
             expected[request.request_id, 0] = self.baseline[request.request_id, 0][:length]
-        built = self._build(max_num_seqs=len(shorter), graphs=True, overlap=True)
-        try:
+        with self.built(max_num_seqs=len(shorter), graphs=True, overlap=True) as built:
             got = drive(built.engine, shorter)
             stats = built.worker.graph_stats()
             reason = stats.why_not if stats is not None else why_no_graphs(built.loaded.device, built.loaded.kernels)
             if reason:
                 raise NotApplicableError(reason)
             return Outcome(got, built.engine.num_replays, "steps replayed", expected, shorter)
-        finally:
-            built.engine.close()
+
+    # ---- what rows share -------------------------------------------------------------------------------------------------------
 
     def _several(self) -> tuple[list[EngineRequest], Tokens]:
         """Requests of three sequences, and what these say when they never share anything."""
@@ -324,13 +321,19 @@ class Verifier:
         return KVManager(geometry, max_chunk_tokens=max_chunk_tokens(made)).capacity_tokens
 
     @contextmanager
-    def engine(self, **settings: Any) -> Iterator[Engine]:
-        """An engine of the same weights under these settings, for one row."""
+    def built(self, **settings: Any) -> Iterator[BuiltEngine]:
+        """An engine of the same weights under these settings, for one row, with what it is made of."""
         built = self._build(**settings)
         try:
-            yield built.engine
+            yield built
         finally:
             built.engine.close()
+
+    @contextmanager
+    def engine(self, **settings: Any) -> Iterator[Engine]:
+        """The engine alone."""
+        with self.built(**settings) as built:
+            yield built.engine
 
     @contextmanager
     def overlapped(self, **settings: Any) -> Iterator[Engine]:
