@@ -65,15 +65,15 @@ def test_the_public_surface() -> None:
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
         "API_VERSION", "AsksForOps", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis",
-        "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts",
-        "DeviceSpec", "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "Hit", "KVGeometry", "KVGroupSpec", "KVIndex",
-        "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView", "Later", "Layer",
-        "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model", "ModelFamily",
-        "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "Observer", "ObserverSpec", "OpQuery", "OpSpec",
-        "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "REFERENCE_ATTENTION", "REFERENCE_OPS", "RopeConfig", "Rotary",
-        "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams", "SchedulerPolicy", "SchedulerSpec", "SequenceView",
-        "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles", "WeightEntry", "WeightFormat", "WeightFormatSpec",
-        "WeightMap", "gumbel", "hookimpl", "read_dtype", "read_rope", "stream_keys",
+        "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec",
+        "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "Graph", "GraphDevice", "GraphKernel", "Hit", "KVGeometry",
+        "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView",
+        "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model",
+        "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "NotCapturableError", "Observer",
+        "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "REFERENCE_ATTENTION",
+        "REFERENCE_OPS", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams",
+        "SchedulerPolicy", "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles",
+        "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "read_dtype", "read_rope", "stream_keys",
     ]  # fmt: skip
 
 
