@@ -192,6 +192,22 @@ def test_wrong_names_on_the_command_line(make_dist: MakeDist, xllm: Run, tmp_pat
     assert "nothing is called 'model.Nope' here" in xllm("plugins", "why", "model.Nope", "--model", model).stderr
 
 
+def test_the_lock_reads_what_is_there(make_dist: MakeDist, xllm: Run, tmp_path: Path) -> None:
+    """A file that was edited where it is installed is a change, though RECORD, a list written once, is not. Dies if RECORD alone is read."""
+    package = make_dist("even", "")
+    config = tmp_path / "my.toml"
+    config.write_text("[plugins]\nlocked = true\n")
+    (info,) = package.parents[1].glob("site/*.dist-info")
+    (info / "RECORD").write_text("xllm_even/plugin.py,sha256=abc,1\n")
+    assert xllm("plugins", "lock", "--config", str(config)).returncode == 0
+    assert xllm("plugins", "lock", "--check", "--config", str(config)).returncode == 0
+    (package / "plugin.py").write_text((package / "plugin.py").read_text() + "# a word more\n")
+    changed = xllm("plugins", "why", "scheduler", "--config", str(config))
+    assert changed.returncode == 1 and "even: the files of xllm-even 1.0 have changed" in changed.stderr
+    (info / "entry_points.txt").write_text("[xllm_core.plugins]\neven = no module at all !\n")
+    assert xllm("plugins", "lock", "--config", str(config)).returncode == 0
+
+
 def test_a_plugin_that_was_disabled_and_uninstalled(xllm: Run, tmp_path: Path) -> None:
     """The line that still names it stops a start, says so with its place, and `enable` takes it out. Dies if enable wants it installed."""
     config = tmp_path / "my.toml"

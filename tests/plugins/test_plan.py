@@ -176,3 +176,18 @@ def test_plan_on_the_command_line(install: Install, xllm: Callable[..., Any], mo
     narrow = xllm("plan", model, *flags, "--why", "attention").stdout
     assert narrow.startswith("attention.full  core/paged") and "rejected good/toy" in narrow, narrow
     assert "did you mean 'block_size'?" in xllm("plan", model, *flags, "--why", "block_siz").stderr
+
+
+def test_a_pin_is_told_with_its_place(
+    xllm: Callable[..., Any], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pin, a preference and a dtype came from a line, a variable or a flag, and this is said. Dies if only the table is named."""
+    config = tmp_path / "my.toml"
+    config.write_text('[prefer]\nscheduler = ["core/priority"]\n[device]\nname = "core/reference"\n')
+    monkeypatch.setenv("XLLM_USE__SAMPLER", "core/gumbel")
+    flags = ("--config", str(config), "--use", "op.linear=core/linear", "--dtype", "float32")
+    lines = {line.split()[0]: line for line in xllm("plan", model, *flags).stdout.splitlines()}
+    assert "first that fits in [prefer] scheduler, " in lines["scheduler"] and "my.toml:2:1" in lines["scheduler"]
+    assert "my.toml:4:1" in lines["device"] and "# --dtype" in lines["dtype"]
+    assert "pinned by [use] sampler, XLLM_USE__SAMPLER" in lines["sampler"]
+    assert "pinned by [use] op.linear, --use" in lines["op.linear"]

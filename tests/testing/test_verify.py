@@ -19,7 +19,9 @@ from xllm_core.engine.sequence import Status
 from xllm_core.kv.keys import BlockKeys
 from xllm_core.kv.manager import KVManager
 from xllm_core.reference.attention import ReferenceAttention
+from xllm_core.reference.device import ReferenceDevice
 from xllm_core.reference.ops import BlockCopy, KvWrite
+from xllm_core.runtime.graphs import DecodeGraphs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.sampling_state import SamplingState
 from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
@@ -49,7 +51,8 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
     ]
     idle = [row for row in report.rows if row.activity == 0 or row.num_tokens == 0]
-    assert [row.feature for row in idle] == ["plugin's store"] and "--use kv_store" in idle[0].not_applicable
+    assert [row.feature for row in idle] == ["plugin's store", "graph replay"]
+    assert "--use kv_store" in idle[0].not_applicable and "records no graphs" in idle[1].not_applicable
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
@@ -248,6 +251,47 @@ def preempted_sequences_keep_late_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "update", wrong)
 
 
+class _Again:
+    """A graph that calls what was recorded."""
+
+    num_ops, arena_bytes = 1, 0
+
+    def __init__(self, run: Callable[[], torch.Tensor], result: torch.Tensor) -> None:
+        self._run, self._result = run, result
+
+    def replay(self, num_rows: int) -> None:
+        self._result.copy_(self._run())
+
+
+def let_the_reference_record(patch: pytest.MonkeyPatch) -> None:
+    """It has nothing to gain from it; a device that has is a plugin, and here are none."""
+
+    def capture(self: ReferenceDevice, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[_Again, torch.Tensor]:
+        result = run().clone()
+        return _Again(run, result), result
+
+    def refill(self: ReferenceAttention, plan: list[Any], batch: Any) -> None:
+        plan[:] = self.plan(batch)
+
+    patch.setattr(ReferenceDevice, "capture", capture, raising=False)
+    patch.setattr(ReferenceAttention, "graph_plan", lambda self, max_rows, max_blocks: [], raising=False)
+    patch.setattr(ReferenceAttention, "refill", refill, raising=False)
+
+
+def replays_store_where_the_first_step_did(patch: pytest.MonkeyPatch) -> None:
+    """A graph whose slots stay those that it was recorded with."""
+    load = DecodeGraphs._load
+
+    def wrong(self: DecodeGraphs, inputs: Any, num_rows: int, bucket: int) -> None:
+        before = {group: slots.clone() for group, slots in self._kv_slots.items()}
+        load(self, inputs, num_rows, bucket)
+        if bucket in self._recorded:
+            for group, slots in self._kv_slots.items():
+                slots.copy_(before[group])
+
+    patch.setattr(DecodeGraphs, "_load", wrong)
+
+
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "batch mates": mixed_up_rows,
     "chunk 16": chunk_forgets_its_past,
@@ -260,6 +304,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "n > 1 forks": forks_share_their_tail,
     "resume": resumed_noise_starts_again,
     "neighbours aborted": leaving_clears_the_next_slot,
+    "graph replay": replays_store_where_the_first_step_did,
     "overlap, stops": late_tokens_are_given_out,
     "overlap, n > 1": siblings_follow_the_first,
     "overlap, aborts": dropped_results_move_the_others_up,
@@ -272,9 +317,9 @@ class _PlainFirst(Verifier):
 
     plant: Callable[[], None]
 
-    def engine(self, **settings: Any) -> Any:
+    def built(self, **settings: Any) -> Any:
         self.plant()
-        return super().engine(**settings)
+        return super().built(**settings)
 
 
 @pytest.mark.parametrize("row", list(ROWS))
@@ -283,6 +328,8 @@ def test_a_planted_bug_turns_its_row_red(
 ) -> None:
     """Every row has a bug that it alone is there to find; without it the same run is green."""
     settings: dict[str, Any] = {"memory_bytes": 1 << 25, "block_size": 4, "use": {"device": "core/reference"}}
+    if row == "graph replay":
+        let_the_reference_record(monkeypatch)
     if row == "plugin's store":
         install("good")
         settings["use"] = {"device": "core/reference", "kv_store": "good/host"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from xllm_core.config_sources import guess
 from xllm_core.errors import ConfigError
 from xllm_core.plugins.explain import block
 from xllm_core.plugins.manager import PluginManager
-from xllm_core.plugins.plan import AssemblyPlan
+from xllm_core.plugins.plan import AssemblyPlan, Choice
 from xllm_core.plugins.resolve import assemble
 
 
@@ -76,14 +77,28 @@ def _decisions(settings: Settings, plan: AssemblyPlan) -> Iterable[_Row]:
 
     yield _Row("model_path", plan.model_path, settings.place("model", "path"))
     yield _Row("architecture", plan.architecture, "the model's configuration")
-    yield _Row("dtype", plan.dtype, plan.dtype_reason)
+    asked = settings.model.dtype != "auto"
+    yield _Row("dtype", plan.dtype, settings.place("model", "dtype") if asked else plan.dtype_reason)
     yield _Row("max_model_len", plan.max_model_len, set_or("model", "max_model_len", "the model's configuration"))
     yield _Row(
         "block_size", plan.block_size, set_or("kv", "block_size", f"{plan.device.name}, and what every kernel reads")
     )
     yield _Row("kv_layout", plan.kv_layout, f"{plan.device.name}, and what every kernel reads")
     for kind, choice in plan.choices().items():
-        yield _Row(kind, choice.name, f"{choice.reason} ({choice.distribution} {choice.version})")
+        yield _Row(
+            kind, choice.name, f"{choice.reason}{_said_at(settings, choice)} ({choice.distribution} {choice.version})"
+        )
+
+
+def _said_at(settings: Settings, choice: Choice) -> str:
+    """Where the pin or the preference stands that decided a choice, or nothing. Not in the plan, whose hash is the same wherever it is made."""
+    found = re.search(r"\[(use|prefer)\] ([\w.]+)", choice.reason)
+    if found is None:
+        return ""
+    place = settings.place(found[1], found[2])
+    if place == "default" and found[2] == "device":
+        place = settings.place("device", "name")
+    return f", {place}"
 
 
 def _text(rows: Iterable[_Row], plan: AssemblyPlan, *, is_narrow: bool) -> Iterable[str]:

@@ -101,8 +101,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     """State after a step. Counts marked "since start" only grow.
 
     num_waiting: sequences in the queue; num_waiting_for_kv: set aside until a store answers. used_blocks: by unfinished sequences.
-    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs. store: what the KV store counts, by its own names
-    (`KVStore.stats`), a second old at most; empty without one.
+    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs.
+    store: what the KV store counts, by its own names (`KVStore.stats`), a second old at most; empty without one.
     """
 
     num_running: int = 0

@@ -44,7 +44,8 @@ def xllm_ops() -> Iterable[OpSpec]:
     checks = {"moe_experts": "xllm_core.reference.ops:lacks_grouped_mm"}
     for op, target in REFERENCE_OPS.items():
         yield OpSpec(
-            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ()), summary="the reference"
+            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ()),
+            summary="the reference",
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ _HEAD = "# Plugins that `xllm ... --locked` starts with. Written by `xllm plugin
 
 @dataclass(frozen=True, slots=True)
 class LockedPlugin:
-    """One entry. sha256: over RECORD, which lists every installed file with its hash; of an editable install over its modules."""
+    """One entry. sha256: over its modules as they lie there, and over RECORD, which lists every file as it was installed (not of an editable one)."""
 
     id: str
     distribution: str
@@ -83,12 +84,11 @@ def fingerprint(record: PluginRecord) -> str:
     dist = importlib_metadata.distribution(record.distribution)
     origin = json.loads(dist.read_text("direct_url.json") or "{}")
     recorded = dist.read_text("RECORD")
-    if recorded is not None and not origin.get("dir_info", {}).get("editable"):
-        return hashlib.sha256(recorded.encode()).hexdigest()
-    modules = sorted(
-        {entry.module.partition(".")[0] for entry in dist.entry_points if entry.group == "xllm_core.plugins"}
-    )
     digest = hashlib.sha256()
+    if recorded is not None and not origin.get("dir_info", {}).get("editable"):
+        digest.update(recorded.encode())
+    targets = [entry.value for entry in dist.entry_points if entry.group == "xllm_core.plugins"]
+    modules = sorted({re.split(r"[.:\s]", target.strip())[0] for target in targets} - {""})
     for path in sorted(file for module in modules for file in _sources(module)):
         content = path.read_bytes()
         digest.update(f"{path.name}:{len(content)}:".encode() + content)

@@ -40,6 +40,7 @@ class Probes:
     def __init__(self, targets: Iterable[str] = (), *, timeout_s: float | None = None) -> None:
         """targets: "module:attribute", started now. timeout_s: for each, from its start."""
         self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+        self.told: set[str] = set()  # devices whose reason was logged: assemblies that share probes say it once
         self._children: dict[str, _Child] = {}
         for target in targets:
             self._children[target] = _Child(target, self._timeout_s)

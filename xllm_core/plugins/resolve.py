@@ -168,8 +168,10 @@ class Resolver:
         with own as probes:
             unfit = partial(unfit_device, probes=probes)
             choice = choose("device", offers, self.settings, unfit, need="this machine", is_lazy=True)
+        told = self._probes.told if self._probes is not None else set[str]()
         for name, reason in choice.rejected:
-            if not reason.startswith("not asked"):
+            if not reason.startswith("not asked") and name not in told:
+                told.add(name)
                 first, _, more = reason.partition("; ")
                 _log.warning("device %s is not used: %s%s", name, first, "; the rest: xllm doctor" if more else "")
         index = self.settings.device.index

@@ -28,7 +28,8 @@ log = logging.getLogger("xllm.engine")
 class GraphStats:
     """Counted since the start. num_eager: decode steps that no graph could serve. padded_rows: rows of buckets that replays left empty.
 
-    arena_bytes: memory that graphs share, which is what the largest needs. num_ops: calls of the largest graph. why_not: why none is recorded any more.
+    arena_bytes: memory that graphs share, which is what the largest needs. num_ops: calls of the largest graph. why_not: why none is recorded
+    any more.
     """
 
     num_captures: int = 0

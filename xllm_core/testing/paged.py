@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -99,20 +100,26 @@ def laid_out(cache: torch.Tensor, layout: str, device: DeviceBackend, dtype: tor
     return target
 
 
-def attend(kernel: AttentionKernel, device: DeviceBackend, batch: PagedBatch, *, num_layers: int = 1) -> torch.Tensor:
-    """What a kernel says: [T, H, D] float32 on the host. It must write all of `out` and change nothing else, layer after layer."""
+def attend(
+    kernel: AttentionKernel, device: DeviceBackend, batch: PagedBatch, *, num_layers: int = 1, plan: Any = None, room: int = 0
+) -> torch.Tensor:  # fmt: skip
+    """What a kernel says: [T, H, D] float32 on the host. It must write all of `out` and change nothing else, layer after layer.
+
+    plan: made before, for `room` tokens, those behind the batch's being padding; by itself a new one.
+    """
     dtype = torch_dtype(batch.geometry.dtype)
     caches = tuple(laid_out(cache, batch.geometry.layout, device, dtype) for cache in (batch.k, batch.v))
-    q = device.to_device(batch.q.to(dtype))
+    padding = (0, 0, 0, 0, 0, max(0, room - len(batch.q)))
+    q = device.to_device(torch.nn.functional.pad(batch.q, padding).to(dtype))
     before = [tensor.clone() for tensor in (q, *caches)]
     with torch.inference_mode():
-        plan = kernel.plan(batch.layout())
+        plan = plan if plan is not None else kernel.plan(batch.layout())
         answers = []
         for _ in range(num_layers):
             out = torch.full_like(q, float("nan"))
             kernel.run(q, KVSegments(own=caches), plan, out)
             device.synchronize()
-            answers.append(out.float().cpu())
+            answers.append(out[: len(batch.q)].float().cpu())
     assert all(torch.equal(a, b) for a, b in zip(before, (q, *caches), strict=True)), "it changed q or the cache"
     assert all(torch.equal(answer, answers[0]) for answer in answers), "a plan used twice answers differently"
     return answers[0]

@@ -27,6 +27,7 @@ from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import AssemblyPlan
 from xllm_core.plugins.probes import Probes
 from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.runtime.graphs import why_no_graphs
 from xllm_core.testing import verify_kv
 from xllm_core.testing.driving import Key, Tokens, drive
 from xllm_core.testing.matrix import FULL as FULL
@@ -175,6 +176,21 @@ class Verifier:
         with self.overlapped(max_num_seqs=2 * len(self.requests)) as engine:
             return Outcome(self._abort_mates(engine), num_wasted(engine), "rows of aborted neighbours")
 
+    def graph_replay(self) -> Outcome:
+        """Decode steps from recorded graphs, planned ahead. Requests end one after the other, so that every bucket serves fewer and fewer rows."""
+        shorter, expected = [], Tokens()
+        for i, request in enumerate(self.requests):
+            length = max(1, self.scale.new_tokens - i % self.scale.new_tokens)
+            shorter.append(replace(request, params=replace(request.params, max_tokens=length)))
+            expected[request.request_id, 0] = self.baseline[request.request_id, 0][:length]
+        with self.built(max_num_seqs=len(shorter), graphs=True, overlap=True) as built:
+            got = drive(built.engine, shorter)
+            stats = built.worker.graph_stats()
+            reason = stats.why_not if stats is not None else why_no_graphs(built.loaded.device, built.loaded.kernels)
+            if reason:
+                raise NotApplicableError(reason)
+            return Outcome(got, built.engine.num_replays, "steps replayed", expected, shorter)
+
     # ---- what rows share -------------------------------------------------------------------------------------------------------
 
     def _several(self) -> tuple[list[EngineRequest], Tokens]:
@@ -293,7 +309,8 @@ class Verifier:
         return build_engine(assembly, made, loaded=self.plain.loaded if self.plain is not None else None)
 
     def _made(self, **settings: Any) -> Settings:
-        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, "overlap": False, **settings}
+        plain = {"overlap": False, "graphs": False}
+        flat = {"max_num_batched_tokens": 2048, "dtype": self._dtype, **self._settings, **plain, **settings}
         return Settings.from_flags(path=self._model, **flat)
 
     def capacity_tokens(self, **settings: Any) -> int:
@@ -304,13 +321,19 @@ class Verifier:
         return KVManager(geometry, max_chunk_tokens=max_chunk_tokens(made)).capacity_tokens
 
     @contextmanager
-    def engine(self, **settings: Any) -> Iterator[Engine]:
-        """An engine of the same weights under these settings, for one row."""
+    def built(self, **settings: Any) -> Iterator[BuiltEngine]:
+        """An engine of the same weights under these settings, for one row, with what it is made of."""
         built = self._build(**settings)
         try:
-            yield built.engine
+            yield built
         finally:
             built.engine.close()
+
+    @contextmanager
+    def engine(self, **settings: Any) -> Iterator[Engine]:
+        """The engine alone."""
+        with self.built(**settings) as built:
+            yield built.engine
 
     @contextmanager
     def overlapped(self, **settings: Any) -> Iterator[Engine]:
@@ -368,6 +391,7 @@ ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "n > 1 forks": Verifier.forks,
     "resume": Verifier.resume,
     "neighbours aborted": Verifier.aborts,
+    "graph replay": Verifier.graph_replay,
     "overlap, stops": Verifier.overlap_stops,
     "overlap, n > 1": Verifier.overlap_forks,
     "overlap, aborts": Verifier.overlap_aborts,

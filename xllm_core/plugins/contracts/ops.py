@@ -56,7 +56,10 @@ REFERENCE_OPS = {
     op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
     for op in (*CORE_OPS, *MODEL_OPS, "lm_head")
 }
-"""Targets of the definitions, and of the one fusion that the reference has a use for itself. They compute with torch on whatever device their tensors are: a new device offers them until it has its own."""
+"""Targets of the definitions, and of the one fusion that the reference has a use for itself.
+
+They compute with torch on whatever device their tensors are: a new device offers them until it has its own.
+"""
 
 REFERENCE_ATTENTION = "xllm_core.reference.attention:ReferenceAttention"
 """Target of the reference kernel; layout "BSGD", features "sliding_window" and "soft_cap". It lays steps out on the host: CPUs only."""

@@ -180,9 +180,26 @@ def test_undeclared_is_refused(part: Part) -> None:
     assert unfit_attention(part.offer, AttentionQuery(device_kind="unheard-of", geometry=fits))
 
 
-def test_capture_equals_eager(part: Part) -> None:
-    """Replayed from a captured graph, a kernel answers as it does eagerly."""
-    pytest.skip("no contract of graph capture exists yet, so no device can be asked to capture")
+def test_capture_equals_eager(case: Case, xllm_kit: Kit) -> None:
+    """A plan that stays in place and is laid out anew for each step gives what a new plan gives, whatever it held before."""
+    import torch
+
+    from xllm_core.plugins.contracts.graphs import GraphKernel
+    from xllm_core.testing.paged import attend, make_batch
+
+    device = ready(xllm_kit, case)
+    geometry = case.geometry(HEADS[1])
+    kernel = case.part.build(device, geometry)
+    if not isinstance(kernel, GraphKernel):
+        pytest.skip(f"{case.part.offer.name} has no plans that stay in place")
+    lengths = [1 + (5 * i) % (3 * case.block_size + 2) for i in range(7)]
+    plan = kernel.graph_plan(len(lengths), 8)
+    for count in (7, 2, 5, 1, 7):
+        batch = make_batch(geometry, [(1, length) for length in lengths[:count]], seed=count)
+        kernel.refill(plan, batch.layout())
+        assert torch.equal(
+            attend(kernel, device, batch, plan=plan, room=len(lengths)), attend(kernel, device, batch)
+        ), f"{count} rows in a plan of {len(lengths)}"
 
 
 def test_features_without_proof(part: Part, feature: str) -> None:

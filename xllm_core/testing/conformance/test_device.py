@@ -132,9 +132,21 @@ def test_features_change_no_token(part: Part, device: DeviceBackend, xllm_kit: K
         assert report.has_passed, f"{dtype}: " + "; ".join(wrong)
 
 
-def test_capture_equals_eager(part: Part, device: DeviceBackend) -> None:
-    """A forward replayed from a captured graph equals the eager one."""
-    pytest.skip("no contract of graph capture exists yet, so no device can be asked to capture")
+def test_capture_equals_eager(part: Part, device: DeviceBackend, xllm_kit: Kit, tmp_path: Path) -> None:
+    """Decode steps replayed from recorded graphs say what eager ones say, for every number of rows."""
+    from xllm_core.plugins.contracts.graphs import GraphDevice
+    from xllm_core.testing.verify import QUICK, Verifier
+
+    if not isinstance(device, GraphDevice):
+        pytest.skip(f"{device.facts().name} records no graphs")
+    subject = xllm_kit.subject
+    settings = {"memory_bytes": 1 << 24, "plugin": subject.settings.plugin}
+    use = {**subject.pins(), "device": part.offer.name}
+    for dtype in device.facts().dtypes:
+        verifier = Verifier(_tiny_model(tmp_path), dtype=dtype, scale=QUICK, use=use, **settings)
+        (row,) = verifier.run(only=["graph replay"]).rows
+        assert not row.not_applicable, f"{dtype}: the core's own Llama is not replayed: {row.not_applicable}"
+        assert row.has_passed, f"{dtype}: {row.differences or f'{row.activity} steps were replayed'}"
 
 
 def _dtype(device: DeviceBackend) -> torch.dtype:

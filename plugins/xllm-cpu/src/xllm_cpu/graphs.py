@@ -142,7 +142,10 @@ class Recorder(TorchDispatchMode):
         if handler := _HANDLERS.get(func):
             return handler(self, *args, **kwargs)
         if _is_view(func):
-            return func(*args, **kwargs)
+            seen = func(*args, **kwargs)
+            if not all(_shares_memory(view, args[0]) for view in (seen if isinstance(seen, list | tuple) else (seen,))):
+                raise NotCapturableError(f"{func} copies here, which is no op of this device")
+            return seen
         with self:
             inner = func.decompose(*args, **kwargs)
         if inner is NotImplemented:
@@ -203,6 +206,11 @@ def _is_bf16(tensor: torch.Tensor) -> int:
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _shares_memory(view: torch.Tensor, of: torch.Tensor) -> bool:
+    """Ops such as `contiguous` and `reshape` give a view where they can, and else a copy."""
+    return view.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
 
 
 def capture(
