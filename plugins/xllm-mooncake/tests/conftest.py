@@ -147,9 +147,11 @@ def _together(model: str) -> Iterator[tuple[Master, EngineProcess, EngineProcess
         pytest.skip(reason)
     master, start = Master(), _starting(model)
     engine = next(start)
-    yield master, engine(master), engine(master), engine()
-    next(start, None)
-    master.kill()
+    try:
+        yield master, engine(master), engine(master), engine()
+    finally:  # also when an engine does not start: a master outlives the tests otherwise
+        next(start, None)
+        master.kill()
 
 
 @dataclass

@@ -78,6 +78,8 @@ class Host:
 def main() -> None:
     """Answer until told to close."""
     host = Host(sys.argv[1], json.loads(sys.argv[2]))
+    # As a server does: what is made at first use, a graph for instance, would be a step that waits. No prompt fills a block.
+    host.generate([[3, 4], [5, 6], [7, 8]], 4)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
