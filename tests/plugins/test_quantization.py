@@ -76,6 +76,7 @@ def test_it_is_in_the_plan_only_when_named(model: str) -> None:
     assert not [name for name, _ in plain.unused_fusions if "int8" in name]
     assert plan.quantization is not None and plan.quantization.name == "core/int8"
     assert plan.quantized_ops == {"linear": "linear_int8", "lm_head": "lm_head_int8"}
+    assert "lm_head" not in plan.ops and "linear_silu_mul" not in plan.ops, "nobody would call them"
     assert plan.ops["linear_int8"].name == "core/linear_int8" and set(plan.ops) >= set(CORE_OPS)
     assert AssemblyPlan.from_json(plan.to_json()) == plan and plan.hash != plain.hash
     assert plan.choices()["quantization"] is plan.quantization
@@ -150,6 +151,6 @@ def test_why_tells() -> None:
     }.items():
         made = Settings.from_flags(device=DEVICE, quantization=name)
         text = why("quantization", made, PluginManager.discover(made))
-        assert all(word in text for word in words), text
+        assert all(word in text for word in words) and "silu" not in text, text
     made = Settings.from_flags(device=DEVICE)
     assert "chosen   core/linear_int8" in why("op.linear_int8", made, PluginManager.discover(made))

@@ -111,7 +111,9 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
     dtype = facts.dtypes[0] if settings.model.dtype == "auto" else settings.model.dtype
     if base == "quantization":
         format_, replaced, _ = resolver.quantization(facts, dtype)
-        return _quantized(format_, replaced) if format_ else [_none_chosen(kind)]
+        here = {offer.spec.op for offer in resolver.offers("op") if facts.kind in offer.spec.devices}
+        by = {plain: name for plain, name in replaced.items() if name in here}
+        return _quantized(format_, by) if format_ else [_none_chosen(kind)]
     if base == "sampler":
         return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":

@@ -115,7 +115,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         device_kind=facts.kind,
         weight_format=opened,
         model=model,
-        ops=ops,
+        ops={name: choice for name, choice in ops.items() if name in CORE_OPS or name not in quantized},
         attention=layout.attention,
         geometry=layout.geometry,
         sampler=resolver.sampler(facts),
@@ -360,17 +360,15 @@ class Resolver:
             return None, {}, ops
 
         def unfit(offer: Offer) -> str:
+            needed = (name for role, name in offer.spec.ops.items() if role != _FUSED)
             try:
-                ops.update(
-                    {name: self.op(name, facts, dtype) for role, name in offer.spec.ops.items() if role != _FUSED}
-                )
+                ops.update({name: self.op(name, facts, dtype) for name in needed})
             except ResolutionError as error:
                 return str(error).replace("\n ", ";")
             return ""
 
         offers = self.offers("quantization")
-        need = f"linear maps on {facts.kind} in {dtype}"
-        choice = choose("quantization", offers, self.settings, unfit, need=need)
+        choice = choose("quantization", offers, self.settings, unfit, need=f"linear maps on {facts.kind} in {dtype}")
         return choice, next(offer.spec.ops for offer in offers if offer.name == choice.name), ops
 
     def fusions(

@@ -45,10 +45,24 @@ def test_it_is_chosen_where_no_accelerator_is(model: str) -> None:
     assert info.kernels["attention.full"] == "cpu/paged" and info.kernels["rope_kv_write"] == "cpu/rope_kv_write"
 
 
+@pytest.mark.parametrize("isa", runnable())
+def test_quantised_tokens_of_the_reference(model: str, isa: str) -> None:
+    """The same format, whoever computes it; and other tokens than without. Its fusion and its head are in use."""
+    plugin = {"cpu": {"isa": isa}}
+    expected = tokens(model, device="core/reference", quantization="int8")
+    assert tokens(model, device="cpu/cpu", quantization="int8", plugin=plugin) == expected
+    assert expected != tokens(model, device="cpu/cpu", plugin=plugin)
+    with LLM(model, num_blocks=64, quantization="int8", device="cpu/cpu") as llm:
+        used = {name: part for name, part in llm.info.kernels.items() if name.endswith("int8")}
+    assert used == {name: f"cpu/{name}" for name in ("linear_int8", "lm_head_int8", "linear_silu_mul_int8")}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_verify_to_the_bit(model: str, dtype: str) -> None:
+def test_verify_to_the_bit(model: str, dtype: str, quantization: str | None) -> None:
     """The quick matrix. The device promises equal rows, so no near tie excuses a difference. Dies with any kernel that feels its neighbours."""
-    report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu").run()
+    settings = {"quantization": quantization} if quantization else {}
+    report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu", **settings).run()
     assert report.has_passed, [
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
     ]
