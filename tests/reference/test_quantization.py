@@ -12,17 +12,28 @@ from xllm_core.reference.quantization import Int8, int8_rows
 DEVICE = ReferenceDevice(0)
 
 
-def test_a_row_of_whole_numbers() -> None:
+def test_a_weight_row_of_whole_numbers() -> None:
     """Largest magnitude is 127, halves go to even, zero is zero. Killed by: cutting off, or a step of 128."""
-    values, step = int8_rows(torch.tensor([[-127.0, 0.0, 63.5, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0, -0.25]]))
-    assert values.tolist() == [[-127, 0, 64, 0, 2], [0, 0, 0, 0, -127]]
-    assert step.flatten().tolist() == pytest.approx([1.0, 0.25 / 127])
+    weight = torch.tensor([[-127.0, 0.0, 63.5, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0, -0.25], [0.0] * 5, [1e-38] * 5])
+    values, steps = Int8().quantize(weight)
+    assert values.tolist() == [[-127, 0, 64, 0, 2], [0, 0, 0, 0, -127], [0] * 5, [0] * 5]
+    assert steps.tolist() == pytest.approx([1.0, 0.25 / 127, 0, 0])
+
+
+def test_rows_of_bytes() -> None:
+    """From least to largest in 255 steps, zero among them; one side alone uses all of them. Killed by: a byte of 256, or half the steps."""
+    x = torch.tensor([[-55.0, 0.0, 200.0, 0.5, 1.5], [0.0, 255.0, 0.0, 1.0, 2.0], [-127.5, 127.5, 0.0, 1.0, -1.0]])
+    values, steps = int8_rows(x)
+    assert values.tolist() == [[-55, 0, 200, 0, 2], [0, 255, 0, 1, 2], [-128, 127, 0, 1, -1]]
+    assert steps.flatten().tolist() == [1, 1, 1]
 
 
 def test_rows_that_have_no_step() -> None:
     """Zeros and what is next to zero stay zeros without a division by it; what is not finite is told, not hidden."""
-    values, step = int8_rows(torch.tensor([[0.0, 0.0], [1e-38, -1e-40], [float("inf"), 1.0], [1.0, float("nan")]]))
-    assert values.tolist() == [[0, 0]] * 4
+    values, step = int8_rows(
+        torch.tensor([[0.0, 0.0], [1e-38, -1e-40], [float("inf"), 1.0], [1.0, float("nan")], [3e38, -3e38]])
+    )
+    assert values.tolist() == [[0, 0]] * 5
     assert step[:2].flatten().tolist() == [0, 0] and bool(step[2:].isnan().all())
 
 
@@ -30,7 +41,7 @@ def test_sums_are_exact() -> None:
     """Against 64-bit integers, over more columns than float32 adds exactly. Killed by: one product over all columns."""
     torch.manual_seed(0)
     x = torch.randint(-127, 128, (5, 40_000)).float()
-    x[:, 0], x[0] = 127, 127
+    x[:, 0], x[:, 1], x[0], x[1, 2:] = 127, -128, 255, 127
     weight = torch.randint(-127, 128, (3, 40_000), dtype=torch.int8)
     weight[0] = 127
     exact = (x.long() @ weight.T.long()).to(torch.float32)
@@ -44,7 +55,8 @@ def test_the_loss_is_that_of_the_format(dtype: torch.dtype) -> None:
     x, weight = torch.randn(64, 576).to(dtype), torch.randn(512, 576).to(dtype)
     op = LmHeadInt8(DEVICE)
     error = op(x, op.prepare(Int8().quantize(weight), None)).double() - x.double() @ weight.double().T
-    noise = [(rows.double().abs().amax(1) / 127).square().mean() / 12 for rows in (x, weight)]
+    steps = (x.float().amax(1) - x.float().amin(1)) / 255, weight.float().abs().amax(1) / 127
+    noise = [step.double().square().mean() / 12 for step in steps]
     expected = 576 * (noise[0] * weight.double().square().mean() + noise[1] * x.double().square().mean())
     assert float(error.square().mean() / expected) == pytest.approx(1, abs=0.05)
     assert float(576 / expected) > 10**3.8  # 38 dB

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _FEW_ROWS = 4
 # Weight rows widened to float32 at a time: the copy stays in cache until it is multiplied.
 _TILE_ROWS = 2048
-# 127 * 127 * 1024 < 2**24: so many products of 8-bit integers add up exactly in float32, in any order.
-_EXACT_COLUMNS = 1024
+# 255 * 127 * 512 < 2**24: so many products of 8-bit integers add up exactly in float32, in any order.
+_EXACT_COLUMNS = 512
 
 
 class Linear:

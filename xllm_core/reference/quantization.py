@@ -8,17 +8,6 @@ _SMALLEST = 2.0**-100
 _TILE_ROWS = 2048
 
 
-def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers of -127 .. 127 in float32, like x [N, K], and the step of each row, [N, 1] float32; NaN for one that is not finite."""
-    wide = x.float()
-    top = wide.abs().amax(1, keepdim=True) if wide.shape[1] else wide.new_zeros(len(wide), 1)
-    is_finite, is_zero = top.isfinite(), top < _SMALLEST
-    most = torch.full_like(top, 127.0)  # a tensor: by a number some devices multiply with its inverse
-    factor = torch.where(is_zero | ~is_finite, 0.0, most / top)
-    step = torch.where(is_zero, 0.0, top / most).masked_fill(~is_finite, float("nan"))
-    return (wide.masked_fill(~is_finite, 0.0) * factor).round(), step
-
-
 class Int8:
     """Symmetric 8-bit integers with one step per output channel."""
 
@@ -27,6 +16,28 @@ class Int8:
         values, steps = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
         for start in range(0, len(weight), _TILE_ROWS):
             rows = slice(start, start + _TILE_ROWS)
-            tile, step = int8_rows(weight[rows])
-            values[rows], steps[rows] = tile.to(torch.int8), step[:, 0]
+            tile = weight[rows].float()
+            factor, step = _scales(tile.abs().amax(1, keepdim=True), 127.0)
+            values[rows], steps[rows] = (tile * factor).round().to(torch.int8), step[:, 0]
         return values, steps
+
+
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of activations as unsigned bytes less their zero point, in float32, like x [T, in]; and the step of each, [T, 1] float32.
+
+    A row whose range is not finite has step NaN.
+    """
+    wide = x.float()
+    low, high = wide.amin(1, keepdim=True).clamp(max=0.0), wide.amax(1, keepdim=True).clamp(min=0.0)
+    factor, step = _scales(high - low, 255.0)
+    zero = (-low * factor).round()
+    values = ((wide * factor).round() + zero).clamp(max=255.0) - zero
+    return values.masked_fill(step.isnan(), 0.0), step
+
+
+def _scales(span: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """most / span and span / most; nothing for what is next to zero, NaN as a step for what is not finite."""
+    is_finite, is_zero = span.isfinite(), span < _SMALLEST
+    top = torch.full_like(span, most)  # a tensor: by a number some devices multiply with its inverse
+    factor = (top / span).masked_fill(is_zero | ~is_finite, 0.0)
+    return factor, (span / top).masked_fill(is_zero, 0.0).masked_fill(~is_finite, float("nan"))

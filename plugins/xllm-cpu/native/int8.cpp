@@ -1,12 +1,13 @@
 // Linear maps over 8-bit integers: a step per output channel, a step per row of x, sums in 32 bits, scaled once in float32.
 //
-// Rows of x are turned into bytes first, 128 added, as VPDPBUSD multiplies unsigned by signed; each accumulator starts at -128 times the sum of
-// its weights, which takes that out again. Sums are exact modulo 2**32, and what they stand for fits up to K = 131,072, so every instruction
-// set gives the same results; `contracts/ops.py` of the core defines them.
+// Rows of x are turned into unsigned bytes with a zero point first, as VPDPBUSD multiplies unsigned by signed; each accumulator starts at minus the
+// zero point times the sum of its weights. Sums are exact modulo 2**32, and what they stand for fits up to K = 65,536, so every instruction set
+// gives the same results; `contracts/ops.py` of the core defines them.
 //
-// A panel is [NR] int32 where sums start, [NR] float steps, then [K / 4][NR][4] weights. Limits as in linear.cpp, with half the bytes.
+// A panel is [NR] int32 sums of weights, [NR] float steps, then [K / 4][NR][4] weights. Limits as in linear.cpp, with half the bytes.
 #include <algorithm>
 #include <bit>
+#include <cstddef>
 
 #include "api.h"
 #include "linear.h"
@@ -16,7 +17,11 @@ namespace xllm {
 namespace {
 
 constexpr int P = 4;
-constexpr int64_t ROW_HEAD = 64;  // the step of a row, in front of its bytes
+constexpr int64_t ROW_HEAD = 64;  // in front of a row's bytes
+struct RowHead {
+  float step;
+  int32_t minus_zero;
+};
 
 int64_t padded(int64_t k) { return round_up(k, P); }
 int64_t panel_bytes(int64_t k) { return NR * (sizeof(int32_t) + sizeof(float)) + padded(k) * NR; }
@@ -27,6 +32,7 @@ struct Bytes { I v; };
 inline Bytes as_signed(I x) { return {x}; }
 inline Bytes as_unsigned(I x) { return {x}; }
 inline I dot4(I c, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(c.v, a.v.v, b.v.v)}; }
+inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 #elif defined(__AVX512F__)
 struct Bytes { __m512i even, odd; };  // widened to 16 bits: sums of two products of bytes do not fit there, as VPMADDUBSW would have it
@@ -35,6 +41,7 @@ inline Bytes as_unsigned(I x) { return {_mm512_and_si512(x.v, _mm512_set1_epi16(
 inline I dot4(I c, Bytes a, Bytes b) {
   return {_mm512_add_epi32(_mm512_add_epi32(c.v, _mm512_madd_epi16(a.even, b.even)), _mm512_madd_epi16(a.odd, b.odd))};
 }
+inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 #elif defined(__AVX2__)
 struct Bytes { __m256i even, odd; };
@@ -43,6 +50,7 @@ inline Bytes as_unsigned(I x) { return {_mm256_and_si256(x.v, _mm256_set1_epi16(
 inline I dot4(I c, Bytes a, Bytes b) {
   return {_mm256_add_epi32(_mm256_add_epi32(c.v, _mm256_madd_epi16(a.even, b.even)), _mm256_madd_epi16(a.odd, b.odd))};
 }
+inline I multiplied(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.v)}; }
 #else
 struct Bytes { I v; };
@@ -55,6 +63,9 @@ inline I dot4(I c, Bytes a, Bytes b) {
     for (int p = 0; p < 32; p += 8) total += (x >> p & 255) * static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(y >> p)));
     return static_cast<int32_t>(total);
   });
+}
+inline I multiplied(I a, I b) {
+  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i])); });
 }
 inline F to_float(I x) { return each<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
 #endif
@@ -71,33 +82,36 @@ void pack(const int8_t* weight, const float* steps, int64_t n, int64_t k, bool f
         total += value;
         to[(at / P * NR + lane) * P + at % P] = static_cast<char>(value);
       }
-      const auto start = static_cast<int32_t>(0u - 128u * static_cast<uint32_t>(total));
       const float step = row >= 0 ? steps[row] : 0.0f;
-      std::memcpy(head + lane * sizeof start, &start, sizeof start);
+      std::memcpy(head + lane * sizeof total, &total, sizeof total);
       std::memcpy(head + (NR + lane) * sizeof step, &step, sizeof step);
     }
   });
 }
 
-inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
-inline uint32_t bits_of(bf16 x) { return static_cast<uint32_t>(x) << 16; }
+inline int32_t bits_of(float x) { return std::bit_cast<int32_t>(x); }
 
-// One row of x to its step and bytes.
+// The last bits are those of the whole number next to x, half to even.
+inline float rounded(float x) { return x + 0x1.8p23f; }
+inline int32_t whole(float x) { return bits_of(rounded(x)) - bits_of(0x1.8p23f); }
+
+// One row of x to its head and bytes.
 template <class E> void to_bytes(const typename E::T* x, int64_t k, char* row) {
-  int32_t top = 0;  // magnitudes in the order of their bits, NaN above all
-  for (int64_t i = 0; i < k; i++) {
-    const auto magnitude = static_cast<int32_t>(bits_of(x[i]) & 0x7fffffffu);
-    top = top > magnitude ? top : magnitude;
+  F low = zero(), high = zero(), test = zero();
+  for (int64_t i = 0; i < k; i += W) {
+    const F part = load_part<E>(x + i, k - i);
+    low = vmin(low, part), high = vmax(high, part), test = add(test, mul(part, zero()));  // 0 times what is not finite is NaN
   }
-  const float largest = std::bit_cast<float>(top);
-  const bool is_finite = top < 0x7f800000, is_zero = largest < 0x1p-100f;
-  const float step = !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : largest / 127.0f;
-  const float factor = !is_finite || is_zero ? 0.0f : 127.0f / largest;
-  std::memcpy(row, &step, sizeof step);
+  const float least = -top(sub(zero(), low)), span = sum(test) + (top(high) - least);
+  const bool is_finite = span <= 0x1.fffffep127f, is_zero = span < 0x1p-100f;
+  const float factor = !is_finite || is_zero ? 0.0f : 255.0f / span;
+  const int32_t zero_point = is_finite ? whole(-least * factor) : 0;
+  const RowHead head{!is_finite ? __builtin_nanf("") : is_zero ? 0.0f : span / 255.0f, -zero_point};
+  std::memcpy(row, &head, sizeof head);
   auto* to = reinterpret_cast<uint8_t*>(row + ROW_HEAD);
   for (int64_t i = 0; i < k; i++) {
-    const float rounded = std::bit_cast<float>(bits_of(x[i])) * factor + 0x1.8p23f;  // the last byte is the whole number, half to even
-    to[i] = static_cast<uint8_t>(bits_of(rounded) ^ 128u);
+    const int32_t value = whole(E::one(x[i]) * factor) + zero_point;
+    to[i] = static_cast<uint8_t>(value < 255 ? value : 255);
   }
   for (int64_t i = k; i < padded(k); i++) to[i] = 0;
 }
@@ -114,7 +128,11 @@ template <class E> struct Int8Call {
     const char* steps = head + NR * sizeof(int32_t);
     const char* b = steps + NR * sizeof(float);
     I c[MR][2];
-    for (int i = 0; i < MR; i++) c[i][0] = loadi(head), c[i][1] = loadi(head + W * sizeof(int32_t));
+    const I total0 = loadi(head), total1 = loadi(head + W * sizeof(int32_t));
+    for (int i = 0; i < MR; i++) {
+      const I minus_zero = bcast(first + i * row_bytes + offsetof(RowHead, minus_zero));
+      c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
+    }
     for (int64_t at = 0; at < padded(k); at += P, b += NR * P) {
 #if defined(__AVX512F__)
       if (MR <= 4) {

@@ -36,10 +36,11 @@ Ops over quantised weights, asked for where `[model] quantization` names the for
 | `lm_head_int8` | the same, returns [T, out] float32 | `lm_head` likewise |
 | `linear_silu_mul_int8` | the same, returns [T, out / 2] | fusion of `linear_int8` and `silu_mul` |
 
-Format "int8". Each row r of a weight, and each token's row of x when it comes, becomes round(r * (127 / a)), half to even, and one step a / 127,
-where a is the largest magnitude in the row. Products are summed exactly, as 32-bit integers (so `in` is at most 131,072); then
-sum * (step of x * step of weight) + bias, each in float32 and in this order, rounded to the model's dtype at the end. A row with a < 2**-100 is
-zeros, and a row of x that is not finite gives NaN. So kernels agree to the bit, but for silu.
+Format "int8". A row of a weight, whose largest magnitude is a, becomes round(r * (127 / a)) and a step a / 127. A token's row of x, with
+lo = min(0, least) and hi = max(0, largest), becomes bytes b = min(255, round(x * f) + z), where f = 255 / (hi - lo) and z = round(-lo * f), and
+a step (hi - lo) / 255. Halves go to even. Sums of (b - z) * r are exact 32-bit integers, so `in` is at most 65,536; then
+sum * (step of x * step of weight) + bias, each in float32 and in this order, rounded to the model's dtype at the end. A row with a range below
+2**-100 is zeros, and a row of x whose range is not finite gives NaN. So kernels agree to the bit, but for silu.
 
 A plugin may fuse under names of its own, for models that ask for them: `Parts.op(name, unfused=...)`.
 """

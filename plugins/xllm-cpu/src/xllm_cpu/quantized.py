@@ -8,7 +8,7 @@ import torch
 
 from xllm_cpu.ops import Linear, Packed, _check, _is_bf16, _rows
 
-_MOST_COLUMNS = 1 << 17  # 127 * 127 times as many fit 32 bits
+_MOST_COLUMNS = 1 << 16  # 255 * 127 times as many fit 32 bits
 
 
 class LinearInt8(Linear):
