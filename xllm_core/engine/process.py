@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import select
@@ -204,6 +205,17 @@ def build(
     settings: Settings, channel: Channel, planned: messages.Planned | None
 ) -> tuple[BuiltEngine, EngineInfo, messages.TextFiles]:
     """Find, load and connect everything; tells the parent of each phase that has ended. planned: what another process has decided already."""
+    gc.disable()  # what is made now stays: to look through it again and again takes a tenth of the start
+    try:
+        return _build(settings, channel, planned)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _build(
+    settings: Settings, channel: Channel, planned: messages.Planned | None
+) -> tuple[BuiltEngine, EngineInfo, messages.TextFiles]:
     from xllm_core.engine.build import build_engine, call_in, load_model, worker_thread
 
     clock = _Phases(channel)

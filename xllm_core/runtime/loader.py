@@ -1,16 +1,18 @@
 """From a checkpoint to a model's parameters, by the family's weight map.
 
 All names and shapes are compared before a byte is read, so a wrong checkpoint is refused whole and at once. Then each tensor is read
-(mapped or unpacked), cut to this rank's share, cast and copied into place, one at a time.
+(mapped or unpacked) by one thread, and cut to this rank's share, cast and copied into place by a few others.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,10 @@ from xllm_core.runtime.parts import CoreParts, Parameter
 
 Progress = Callable[[str, int, int], None]
 _NUM_NAMED = 10
+_ELSEWHERE = -1
+_NUM_COPYING = (
+    3  # touching new memory waits for the system, so a thread more than cores is no waste; each holds one tensor
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,7 @@ def load_weights(
     _check_coverage(weight_map.entries, parts.parameters)
     total = sum(torch.Size(entry.shape).numel() for entry in weight_map.entries) * parts.dtype.itemsize
     done = 0
-    for entry, source in zip(weight_map.entries, sources, strict=True):
-        if source:  # else it stays zero, as a bias that is not there
-            _fill(checkpoint, entry, source, parts)
+    for entry in _filled(checkpoint, weight_map.entries, sources, parts):
         done += torch.Size(entry.shape).numel() * parts.dtype.itemsize
         if progress is not None:
             progress(entry.name, done, total)
@@ -132,23 +136,56 @@ def _num_rows(shape: Sequence[int]) -> int:
     return shape[0] if shape else 1
 
 
-def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CoreParts) -> None:
+def _filled(
+    checkpoint: Checkpoint, entries: Sequence[WeightEntry], sources: Sequence[str], parts: CoreParts
+) -> Iterator[WeightEntry]:
+    """Fill entry after entry, and yield each when it is done. One thread reads, a few convert and copy what was read."""
+    with ThreadPoolExecutor(_NUM_COPYING, thread_name_prefix="xllm-weights") as pool:
+        under_way: deque[tuple[WeightEntry, Future[None] | None]] = deque()
+        try:
+            for entry, source in zip(entries, sources, strict=True):
+                if len(under_way) > _NUM_COPYING:
+                    yield _waited(*under_way.popleft())
+                copying = None  # what has no source stays zero, as a bias that is not there
+                if source and _place_of_expert(entry, parts) != _ELSEWHERE:
+                    copying = pool.submit(_fill, checkpoint.path, checkpoint.read(source), entry, source, parts)
+                under_way.append((entry, copying))
+            while under_way:
+                yield _waited(*under_way.popleft())
+        finally:
+            for _, copying in under_way:
+                if copying is not None:
+                    copying.cancel()
+
+
+def _place_of_expert(entry: WeightEntry, parts: CoreParts) -> int | None:
+    """Where one expert's tensor lies among those of this rank, `_ELSEWHERE` for another's; None for a tensor that is no expert's."""
+    if entry.expert is None:
+        return None
+    parameter = parts.parameters[entry.param]
+    assert parameter.physical_of is not None and parameter.tensor is not None, f"{parameter.name} holds no experts"
+    place = int(parameter.physical_of[entry.expert]) - parts.rank * len(parameter.tensor)
+    return place if 0 <= place < len(parameter.tensor) else _ELSEWHERE
+
+
+def _waited(entry: WeightEntry, copying: Future[None] | None) -> WeightEntry:
+    if copying is not None:
+        copying.result()
+    return entry
+
+
+def _fill(path: Path, tensor: torch.Tensor, entry: WeightEntry, source: str, parts: CoreParts) -> None:
     """Copy this rank's share of one tensor into its rows of the parameter."""
     parameter = parts.parameters[entry.param]
     assert parameter.tensor is not None, f"{parameter.name} was filled and finished before"
     target, dim = parameter.tensor, parameter.divided_dim
-    if entry.expert is not None:
-        assert parameter.physical_of is not None, f"{parameter.name} holds no experts"
-        place = int(parameter.physical_of[entry.expert]) - parts.rank * len(target)
-        if not 0 <= place < len(target):
-            return  # another rank's
+    if (place := _place_of_expert(entry, parts)) is not None:
         target, dim = target[place], None
     if entry.rows is not None:
         # Each tensor of a fused parameter is shared out by itself, so a rank holds its queries, then its keys, then its values.
         first, count = entry.rows
         divisor = parts.world_size if dim == 0 else 1
         target = target[first // divisor : (first + count) // divisor]
-    tensor = checkpoint.read(source)
     if entry.row_order is not None:
         size = len(entry.row_order)
         tensor = tensor.view(-1, size, *tensor.shape[1:])[:, list(entry.row_order)].flatten(0, 1)
@@ -161,6 +198,6 @@ def _fill(checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CorePa
     # One pass over what was just written. A sum is finite exactly when all terms are: overflow needs 1e38, which no weight is near.
     if not torch.isfinite(target.sum(dtype=torch.float32)):
         raise WeightMismatchError(
-            f"{checkpoint.path}: tensor {source!r} holds values that are not finite in {target.dtype}; the file is damaged, or its"
+            f"{path}: tensor {source!r} holds values that are not finite in {target.dtype}; the file is damaged, or its"
             " weights need a wider dtype"
         )

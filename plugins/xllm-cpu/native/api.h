@@ -78,6 +78,16 @@ XLLM_API int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_r
 // q, out: [T][H][D], k, v: [B][S][G][D].
 XLLM_API int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out);
 
+// Token choice for rows of logits [rows][vocab], which are overwritten. Columns of [rows], null where no row uses the feature: temperature (0 greedy;
+// null: all are), top_k (0 off), top_p (1 off), min_p (0 off). seeds, indices, positions: arguments of the noise; unread for greedy rows.
+struct XllmSampling {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *seeds, *indices, *positions;
+};
+XLLM_API int xllm_sample(float* logits, int64_t rows, int64_t vocab, const XllmSampling* sampling, int64_t* out);
+
 // Recorded calls. arguments: in the order of the function's, integers and pointers as they are, floats in the low half. rows_at: which argument
 // is the number of rows, -1 for none; it becomes rows * rows_factor.
 #define XLLM_MAX_ARGUMENTS 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,3 +155,20 @@ def test_an_engine_replays_and_counts(tmp_path: Path) -> None:
         finally:
             built.engine.close()
     assert said[True] == said[False]
+
+
+def test_recording_imports_nothing() -> None:
+    """In a process of its own: a first step that imports a compiler takes a second."""
+    code = """
+import sys, torch
+from xllm_cpu.device import CpuDevice
+from xllm_cpu.ops import RmsNorm
+device, x = CpuDevice(0), torch.ones(4, 8)
+norm, weight = RmsNorm(device), torch.ones(8)
+before = set(sys.modules)
+with torch.inference_mode():
+    graph, out = device.capture(lambda: (norm(x, weight, 1e-6) + x).reshape(8, 4).view(4, 8), 4)
+print(graph.num_ops, sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "2 []", done.stdout + done.stderr

@@ -100,3 +100,12 @@ def test_settings(number: int) -> None:
     assert PluginTable().kv_split_tokens == 512
     with pytest.raises(ValidationError):
         PluginTable(kv_split_tokens=number)
+
+
+def test_the_probe_imports_no_torch(without_shim: list[str]) -> None:
+    """Every start on a machine without a GPU waits for it. Killed by: asking torch itself what it was built for."""
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_cuda.probe import probe; print(probe()); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, json.dumps(without_shim)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    reason, is_imported = done.stdout.splitlines()
+    assert "built without CUDA" in reason and is_imported == "False", done.stdout + done.stderr

@@ -21,6 +21,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 _LINE = 64
 _HUGE = 2 << 20
 _ROOM = 64 << 20
+# Python maps memory that is shared with children, which Linux keeps in small pages unless told otherwise for all of the system.
+_PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
 class CpuDevice:
@@ -67,9 +69,7 @@ class CpuDevice:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         is_large = num_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
         try:
-            memory = mmap.mmap(
-                -1, max(1, num_bytes + _HUGE if is_large else num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
+            memory = mmap.mmap(-1, max(1, num_bytes + _HUGE if is_large else num_bytes), **_PRIVATE)
         except (OSError, MemoryError, OverflowError) as error:
             raise MemoryError(
                 f"cannot allocate {num_bytes} bytes for shape {tuple(shape)}; {self.memory().free_bytes} bytes are free"

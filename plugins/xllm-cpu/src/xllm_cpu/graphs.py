@@ -137,6 +137,11 @@ class Recorder(TorchDispatchMode):
             self.calls.append((name, arguments))
         return answer
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to skip a compiler that nobody uses here, torch would import it, which takes a second at the first step."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if handler := _HANDLERS.get(func):

@@ -36,6 +36,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "attention_tasks": (_I64, [_P, _I32, _I32, _I32, _P]),
     "attention": (_I32, [_P, _P, _P, _P, _P]),
     "add": (_I32, [_P, _P, _P, _I64, _I64, _I32]),
+    "sample": (_I32, [_P, _I64, _I64, _P, _P]),
     "replay_op": (_I32, [ctypes.c_char_p]),
     "replay": (_I64, [_P, _I64, _I64]),
 }
@@ -53,6 +54,12 @@ class AttentionStep(ctypes.Structure):
         *((name, _F32) for name in ("scale", "soft_cap")),
         *((name, _I32) for name in ("is_bf16", "max_kv_len")),
     ]
+
+
+class SamplingColumns(ctypes.Structure):
+    """`XllmSampling` of `native/api.h`."""
+
+    _fields_ = [(name, _P) for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "indices", "positions")]
 
 
 class RecordedCall(ctypes.Structure):

@@ -14,6 +14,7 @@ from xllm_core.plugins import (
     OpSpec,
     PluginContext,
     PluginInfo,
+    SamplerSpec,
     hookimpl,
 )
 
@@ -50,4 +51,12 @@ def xllm_attention() -> Iterable[AttentionSpec]:
     yield AttentionSpec(
         name="paged", target="xllm_cpu.attention:PagedAttention", rank=50, devices=_CPU, dtypes=_DTYPES,
         features=frozenset({"sliding_window", "soft_cap"}), summary="online softmax in fixed chunks and splits",
+    )  # fmt: skip
+
+
+@hookimpl
+def xllm_samplers() -> Iterable[SamplerSpec]:
+    """Token choice in one call."""
+    yield SamplerSpec(
+        name="gumbel", target="xllm_cpu.sampler:NativeSampler", rank=50, devices=_CPU, summary="filters and noise without a full sort or temporaries",
     )  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 TRITON = "3.7"
 """Release of triton that the kernels were compiled and checked with; it is the one that torch 2.13 is built for."""
@@ -53,12 +55,15 @@ def _missing_driver() -> str:
 
 
 def _missing_wheel() -> str:
-    import torch
-
-    if torch.version.cuda is None:
-        base = torch.__version__.partition("+")[0]
+    """By the file that says what torch was built for: to import torch takes seconds, which every start on a machine without a GPU would wait."""
+    spec = find_spec("torch")
+    if spec is None or not spec.origin:
+        return "torch is not installed; pip install torch, whose wheels for Linux on PyPI are built with CUDA"
+    facts = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if facts["cuda"] is None:
+        base = facts["__version__"].partition("+")[0]
         return (
-            f"torch {torch.__version__} is built without CUDA; pip install --force-reinstall torch=={base} from PyPI, or from an index of "
+            f"torch {facts['__version__']} is built without CUDA; pip install --force-reinstall torch=={base} from PyPI, or from an index of "
             "CUDA builds that pytorch.org names"
         )
     return ""

@@ -1,0 +1,46 @@
+"""Token choice by one native call; the definition is the core's `GumbelSampler`. See `native/sample.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from xllm_core.plugins import SamplingBatch
+from xllm_cpu.device import CpuDevice
+from xllm_cpu.native import SamplingColumns
+
+_DTYPES = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+_NOISE = ("seeds", "indices", "positions")
+
+
+class NativeSampler:
+    """A `Sampler`. A row's token depends on that row alone; equal scores go to the lowest id."""
+
+    def __init__(self, device: CpuDevice) -> None:
+        self._native = device.native
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        """logits: [S, V] float32, overwritten. Returns [S] int64. Raises ValueError for columns that do not fit."""
+        if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
+            raise ValueError(f"logits must be [S, V] float32, they are {tuple(logits.shape)} {logits.dtype}")
+        logits, num_rows = logits.contiguous(), len(logits)
+        kept: dict[str, torch.Tensor] = {}
+        if not batch.is_all_greedy and batch.temperature is not None:
+            kept = {
+                name: _column(batch, name, dtype, num_rows)
+                for name, dtype in _DTYPES.items()
+                if getattr(batch, name) is not None
+            }
+            kept |= {name: _column(batch, name, torch.int64, num_rows) for name in _NOISE}
+        columns = SamplingColumns(**{name: column.data_ptr() for name, column in kept.items()})
+        tokens = torch.empty(num_rows, dtype=torch.int64)
+        self._native.sample(logits.data_ptr(), num_rows, logits.shape[1], ctypes.addressof(columns), tokens.data_ptr())
+        return tokens
+
+
+def _column(batch: SamplingBatch, name: str, dtype: torch.dtype, num_rows: int) -> torch.Tensor:
+    column: torch.Tensor = getattr(batch, name)
+    if column.shape != (num_rows,):
+        raise ValueError(f"{name} is {tuple(column.shape)} for {num_rows} rows")
+    return column.to(dtype).contiguous()
