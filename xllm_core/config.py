@@ -63,7 +63,8 @@ __all__ = [
 DEFAULT_FILE = Path("xllm.toml")
 
 KINDS = (
-    "attention", "device", "kv_store", "logits_processors", "model", "observers", "op", "sampler", "scheduler", "weight_format",
+    "attention", "device", "kv_store", "logits_processors", "model", "observers", "op", "quantization", "sampler", "scheduler",
+    "weight_format",
 )  # fmt: skip
 """What `[use]` and `[prefer]` can name; `attention.GROUP`, `op.NAME` and `model.ARCHITECTURE` narrow it down."""
 

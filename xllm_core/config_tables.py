@@ -42,6 +42,11 @@ class ModelTable(Table):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute in this dtype; auto takes the checkpoint's where the device can."
     )
+    quantization: str | None = Field(
+        None,
+        min_length=1,
+        description="Format that weights are turned into at load, as PLUGIN/NAME or NAME, such as int8; default is none.",
+    )
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; default is the model's own.")
 
 

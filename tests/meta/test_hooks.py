@@ -24,7 +24,7 @@ def test_the_list_of_hooks() -> None:
     assert sorted(marked) == HOOKS
     assert HOOKS == [
         "xllm_attention", "xllm_cli", "xllm_devices", "xllm_doctor", "xllm_kv_stores", "xllm_logits_processors", "xllm_models",
-        "xllm_observers", "xllm_ops", "xllm_samplers", "xllm_schedulers", "xllm_weight_formats",
+        "xllm_observers", "xllm_ops", "xllm_quantizations", "xllm_samplers", "xllm_schedulers", "xllm_weight_formats",
     ]  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def test_the_public_surface() -> None:
         "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView",
         "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model",
         "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "NotCapturableError", "Observer",
-        "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "REFERENCE_ATTENTION",
+        "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "QUANTIZED_OPS",
+        "Quantization", "QuantizationSpec", "QuantizedLinearOp", "REFERENCE_ATTENTION",
         "REFERENCE_OPS", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams",
         "SchedulerPolicy", "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles",
         "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "read_dtype", "read_rope", "stream_keys",

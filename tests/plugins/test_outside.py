@@ -98,6 +98,7 @@ CALLED = {
     "xllm_models": ("xllm_good.model:Toy", "build"),
     "xllm_observers": ("xllm_good.observer:CountingObserver", "observe"),
     "xllm_ops": ("xllm_good.ops:ToyLinear", "__call__"),
+    "xllm_quantizations": ("xllm_good.ops:Inner", "quantize"),
     "xllm_samplers": ("xllm_good.sampling:GreedySampler", "sample"),
     "xllm_schedulers": ("xllm_good.policy:Lifo", "order"),
     "xllm_weight_formats": ("xllm_good.weights:ToyFormat", "open"),
@@ -133,6 +134,8 @@ def test_the_dummy_of_every_hook_is_called(
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with LLM("toy:1", use=pins, num_blocks=64, max_num_seqs=1) as llm:
         llm.generate([{"prompt_token_ids": [3, 1, 4]}] * 3, params, use_tqdm=False)
+    with LLM("toy:1", quantization="inner", num_blocks=64, max_num_seqs=1) as llm:
+        assert llm.info.kernels["linear_int8"] == "good/linear_int8"
     assert main(["doctor"]) == 0 and "the toy is out of its box" in capsys.readouterr().out
     assert {hook for hook, count in calls.items() if count} | {"xllm_cli", "xllm_doctor"} == set(HOOKS)
 

@@ -81,7 +81,10 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
         device.set_num_threads(settings.device.num_threads)
     kernels = {group: choice.build(device, plan.geometry[group]) for group, choice in plan.attention.items()}
     ops = {name: choice.build(device) for name, choice in plan.ops.items()}
-    parts = CoreParts(device=device, dtype=plan.dtype, ops=ops, kernels=kernels)
+    quantize = plan.quantization.build().quantize if plan.quantization else None
+    parts = CoreParts(
+        device=device, dtype=plan.dtype, ops=ops, kernels=kernels, quantize=quantize, quantized_ops=plan.quantized_ops
+    )
     model = assembly.family.build(config, parts)
     load_weights(assembly.checkpoint, weights, parts, progress=progress)
     return LoadedModel(device, model, kernels, ops, parts, time.perf_counter() - started_s)
@@ -225,9 +228,9 @@ def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend)
         raise ConfigError(
             f"{counts} KV blocks take {total} bytes, {plan.device.name} has {free} free; lower [kv] num_blocks or memory_bytes"
         )
-    text = "|".join(
-        (assembly.checkpoint.fingerprint(), plan.dtype, plan.kv_layout, str(plan.block_size), "rank 0 of 1")
-    )
+    formed = (plan.quantization.name,) if plan.quantization else ()  # its KV differs, for the same tokens
+    parts = (assembly.checkpoint.fingerprint(), plan.dtype, plan.kv_layout, str(plan.block_size), "rank 0 of 1")
+    text = "|".join((*parts, *formed))
     return KVGeometry(groups, plan.block_size, counts, sizes, plan.kv_layout, hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -17,6 +17,7 @@ from xllm_core.plugins.specs import (
     ObserverSpec,
     OpSpec,
     PluginInfo,
+    QuantizationSpec,
     SamplerSpec,
     SchedulerSpec,
     WeightFormatSpec,
@@ -103,6 +104,15 @@ def xllm_weight_formats() -> Iterable[WeightFormatSpec]:
     yield WeightFormatSpec(
         name="hub", target=f"{package}.hub:Hub", rank=-100, summary="OWNER/NAME on the Hugging Face hub"
     )
+
+
+@hookimpl
+def xllm_quantizations() -> Iterable[QuantizationSpec]:
+    """What the core defines; a device needs ops that read it."""
+    yield QuantizationSpec(
+        name="int8", target="xllm_core.reference.quantization:Int8", summary="8-bit integers, a step per output channel and per token",
+        ops={"linear": "linear_int8", "lm_head": "lm_head_int8", "linear_silu_mul": "linear_silu_mul_int8"},
+    )  # fmt: skip
 
 
 @hookimpl

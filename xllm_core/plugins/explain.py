@@ -9,7 +9,7 @@ from typing import Any
 from xllm_core.config import KINDS, Settings
 from xllm_core.config_sources import guess
 from xllm_core.errors import ConfigError
-from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS
+from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS, QUANTIZED_OPS
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import Choice
 from xllm_core.plugins.resolve import Resolver, assemble, describe_geometry
@@ -20,7 +20,7 @@ FEATURES: Mapping[str, Any] = {"sliding_window": 4096, "soft_cap": 50.0}
 
 
 _NARROWED = ("attention", "model", "op")
-_MAY_BE_ABSENT = ("kv_store", "logits_processors", "observers")
+_MAY_BE_ABSENT = ("kv_store", "logits_processors", "observers", "quantization")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,9 @@ def _with_model(kind: str, settings: Settings, manager: PluginManager) -> list[s
                 if name.startswith("attention.")
                 else ""
             )
-            lines += [f"{name}{need}", *block(choice)]
+            lines += (
+                _quantized(choice, plan.quantized_ops) if name == "quantization" else [f"{name}{need}", *block(choice)]
+            )
     lines += _unused(kind, plan.unused_fusions)
     if not lines and kind == f"model.{plan.architecture}":
         return ["model", *block(plan.model)]
@@ -107,10 +109,15 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
     if base == "device":
         return [f"device: {facts.name}", *block(device)]
     dtype = facts.dtypes[0] if settings.model.dtype == "auto" else settings.model.dtype
+    if base == "quantization":
+        format_, replaced, _ = resolver.quantization(facts, dtype)
+        here = {offer.spec.op for offer in resolver.offers("op") if facts.kind in offer.spec.devices}
+        by = {plain: name for plain, name in replaced.items() if name in here}
+        return _quantized(format_, by) if format_ else [_none_chosen(kind)]
     if base == "sampler":
         return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":
-        asked = (narrow,) if narrow in MODEL_OPS else CORE_OPS
+        asked = (narrow,) if narrow in (*MODEL_OPS, *QUANTIZED_OPS) else CORE_OPS
         ops = {name: resolver.op(name, facts, dtype) for name in asked}
         fusions, unused = resolver.fusions(ops, facts, dtype)
         found = {name: choice for name, choice in (ops | fusions).items() if narrow in ("", name)}
@@ -133,6 +140,11 @@ def _unused(kind: str, fusions: Iterable[tuple[str, str]]) -> list[str]:
         for name, reason in fusions
         if kind in ("op", f"op.{name.partition('/')[2]}")
     ]
+
+
+def _quantized(choice: Choice, ops: Mapping[str, str]) -> list[str]:
+    """A format, and what each op is done by."""
+    return ["quantization", *block(choice), *(f"  {plain} by {name}" for plain, name in ops.items())]
 
 
 def _none_chosen(kind: str) -> str:

@@ -25,6 +25,7 @@ from xllm_core.plugins.specs import (
     ObserverSpec,
     OpSpec,
     PluginContext,
+    QuantizationSpec,
     SamplerSpec,
     SchedulerSpec,
     Spec,
@@ -128,6 +129,24 @@ def xllm_weight_formats(ctx: PluginContext) -> Iterable[WeightFormatSpec]:  # ty
         @hookimpl
         def xllm_weight_formats():
             yield WeightFormatSpec(name="bucket", target="xllm_bucket.source:Bucket", rank=10)
+    """
+
+
+@hookspec
+def xllm_quantizations(ctx: PluginContext) -> Iterable[QuantizationSpec]:  # type: ignore[empty-body]
+    """Offer formats that weights of linear maps are turned into at load, and name the ops that read them.
+
+    Args:
+        ctx: the plugin's validated settings and the core's, as plain data.
+
+    Returns: one spec per format. None is used unless `[model] quantization = "NAME"` names it.
+    Errors: a format that was named, and for whose ops the chosen device has nothing, stops assembly with every rejection listed.
+
+    Example::
+
+        @hookimpl
+        def xllm_quantizations():
+            yield QuantizationSpec(name="fp8", target="xllm_cuda.fp8:Fp8", ops={"linear": "linear_fp8", "lm_head": "lm_head_fp8"})
     """
 
 
@@ -269,6 +288,7 @@ HOOKS: dict[str, type[Spec]] = {
     "xllm_models": ModelSpec,
     "xllm_observers": ObserverSpec,
     "xllm_ops": OpSpec,
+    "xllm_quantizations": QuantizationSpec,
     "xllm_samplers": SamplerSpec,
     "xllm_schedulers": SchedulerSpec,
     "xllm_weight_formats": WeightFormatSpec,

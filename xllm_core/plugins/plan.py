@@ -93,7 +93,8 @@ class AssemblyPlan:
     """Every decision of one engine. Frozen.
 
     attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, per op that the family asks for beyond them, and
-    per fusion that was taken; unused_fusions: (name, reason) of the others. logits_processors: in the order of
+    per fusion that was taken; unused_fusions: (name, reason) of the others. quantized_ops: what ops "linear", "lm_head" and "linear_silu_mul" are
+    done by instead. logits_processors: in the order of
     application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the dtype comes from.
     """
 
@@ -113,6 +114,8 @@ class AssemblyPlan:
     logits_processors: tuple[Choice, ...]
     scheduler: Choice
     kv_store: Choice | None
+    quantization: Choice | None
+    quantized_ops: Mapping[str, str]
     observers: tuple[Choice, ...]
     block_size: int
     kv_layout: str
@@ -145,7 +148,10 @@ class AssemblyPlan:
                     **{name: {key: choice(c) for key, c in plain[name].items()} for name in ("ops", "attention")},
                     **{name: tuple(map(choice, plain[name])) for name in ("logits_processors", "observers")},
                     "unused_fusions": tuple((name, reason) for name, reason in plain["unused_fusions"]),
-                    "kv_store": choice(plain["kv_store"]) if plain["kv_store"] is not None else None,
+                    **{
+                        name: choice(plain[name]) if plain[name] is not None else None
+                        for name in ("kv_store", "quantization")
+                    },
                     "geometry": {key: AttentionGeometry(**entry) for key, entry in plain["geometry"].items()},
                 }
             )
@@ -165,4 +171,5 @@ class AssemblyPlan:
         single |= {"sampler": self.sampler, "scheduler": self.scheduler}
         single |= {f"logits_processors.{i}": choice for i, choice in enumerate(self.logits_processors)}
         single |= {f"observers.{i}": choice for i, choice in enumerate(self.observers)}
+        single |= {"quantization": self.quantization} if self.quantization else {}
         return single | ({"kv_store": self.kv_store} if self.kv_store else {})

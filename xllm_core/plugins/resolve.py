@@ -50,6 +50,7 @@ from xllm_core.plugins.select import (
 )
 
 _DEFAULT_BLOCK_SIZE = 16
+_FUSED = "linear_silu_mul"  # what a quantisation may do without
 _MAX_REDIRECTS = 8
 
 _log = logging.getLogger("xllm_core.plugins")
@@ -97,11 +98,13 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
     dtype, dtype_reason = resolver.dtype(config, facts, model)
     layout = resolver.layout(family.attention(config), facts, dtype)
     kv_layout = layout.kv_layout
-    ops = {
+    quantization, quantized, ops = resolver.quantization(facts, dtype)
+    ops |= {
         name: resolver.op(name, facts, dtype, asked_by=model.name, kv_layout=kv_layout)
         for name in ops_of(family, config)
     }
     fusions, unused_fusions = resolver.fusions(ops, facts, dtype, kv_layout=kv_layout)
+    ops |= fusions
     plan = AssemblyPlan(
         model_path=str(checkpoint.path),
         architecture=shape.architecture,
@@ -112,13 +115,15 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         device_kind=facts.kind,
         weight_format=opened,
         model=model,
-        ops=ops | fusions,
+        ops={name: choice for name, choice in ops.items() if name in CORE_OPS or name not in quantized},
         attention=layout.attention,
         geometry=layout.geometry,
         sampler=resolver.sampler(facts),
         logits_processors=resolver.all_of("logits_processors", is_default_all=True)[0],
         scheduler=resolver.scheduler(),
         kv_store=layout.kv_store,
+        quantization=quantization,
+        quantized_ops={role: name for role, name in quantized.items() if name in ops},
         observers=resolver.all_of("observers", is_default_all=False)[0],
         block_size=layout.block_size,
         kv_layout=kv_layout,
@@ -150,8 +155,7 @@ class Resolver:
         logging.getLogger("xllm_core").setLevel(settings.log.level.upper())
         manager.load()
         manager.check_wanted()
-        if settings.device.name != "auto":
-            settings = _with_device_pin(settings)
+        settings = _with_pins(settings)
         check_names(settings, manager)
         self.settings = settings
         self.manager = manager
@@ -347,11 +351,34 @@ class Resolver:
             need += f", which {asked_by} asks for and is offered on {', '.join(kinds)}; choose such a device ([device] name)"
         return choose(f"op.{name}", offers, self.settings, partial(unfit_op, query=query), need=need, query=query)
 
+    def quantization(
+        self, facts: DeviceFacts, dtype: str
+    ) -> tuple[Choice | None, Mapping[str, str], dict[str, Choice]]:
+        """The format that the user names, or none; op by the plain op in whose place it is; and those that it cannot do without, chosen."""
+        ops: dict[str, Choice] = {}
+        if "quantization" not in self.settings.use:
+            return None, {}, ops
+
+        def unfit(offer: Offer) -> str:
+            needed = (name for role, name in offer.spec.ops.items() if role != _FUSED)
+            try:
+                ops.update({name: self.op(name, facts, dtype) for name in needed})
+            except ResolutionError as error:
+                return str(error).replace("\n ", ";")
+            return ""
+
+        offers = self.offers("quantization")
+        choice = choose("quantization", offers, self.settings, unfit, need=f"linear maps on {facts.kind} in {dtype}")
+        return choice, next(offer.spec.ops for offer in offers if offer.name == choice.name), ops
+
     def fusions(
         self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str, *, kv_layout: str | None = None
     ) -> tuple[dict[str, Choice], tuple[tuple[str, str], ...]]:
         """Fusions to take instead of the ops chosen, by name; and (name, reason) of those that are offered and not taken. kv_layout: as for `op`."""
+        formats = {name for offer in self.offers("quantization") for name in offer.spec.ops.values()}
         offers = [offer for offer in self.offers("op") if offer.spec.replaces]
+        # Those over a format that is not in use are none of this engine's business.
+        offers = [o for o in offers if o.spec.op not in formats or ops.keys() >= set(o.spec.replaces)]
         taken: dict[str, Choice] = {}
         unused: list[tuple[str, str]] = []
         for name in sorted({offer.spec.op for offer in offers}):
@@ -452,12 +479,15 @@ def describe_geometry(geometry: AttentionGeometry, device_kind: str) -> str:
     )
 
 
-def _with_device_pin(settings: Settings) -> Settings:
-    """`[device] name` is `[use] device`; two different answers are refused."""
-    name, pin = settings.device.name, settings.use.get("device")
-    if pin is not None and pin != name:
-        raise ConfigError(f"[device] name = {name!r} and [use] device = {pin!r} disagree; keep one of them")
-    return settings.model_copy(update={"use": {**settings.use, "device": name}})
+def _with_pins(settings: Settings) -> Settings:
+    """`[device] name` is `[use] device`, `[model] quantization` is `[use] quantization`; two different answers are refused."""
+    named = {"device": ("[device] name", settings.device.name if settings.device.name != "auto" else None)}
+    named["quantization"] = ("[model] quantization", settings.model.quantization)
+    pins = {kind: name for kind, (_, name) in named.items() if name is not None}
+    for kind, name in pins.items():
+        if (pin := settings.use.get(kind, name)) != name:
+            raise ConfigError(f"{named[kind][0]} = {name!r} and [use] {kind} = {pin!r} disagree; keep one of them")
+    return settings.model_copy(update={"use": {**settings.use, **pins}}) if pins else settings
 
 
 def _ask(name: str, what: str, call: Callable[[], Any]) -> Any:

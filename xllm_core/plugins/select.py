@@ -26,6 +26,7 @@ HOOK_OF_KIND = {
     "model": "xllm_models",
     "observers": "xllm_observers",
     "op": "xllm_ops",
+    "quantization": "xllm_quantizations",
     "sampler": "xllm_samplers",
     "scheduler": "xllm_schedulers",
     "weight_format": "xllm_weight_formats",

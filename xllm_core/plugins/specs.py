@@ -130,6 +130,25 @@ class WeightFormatSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationSpec(Spec):
+    """A format that weights of linear maps are turned into at load. `target()` builds a `Quantization`.
+
+    ops: what each of "linear", "lm_head" and "linear_silu_mul" is done by, names of ops that read the format. Without "lm_head" the output
+        projection keeps its weights; the third is a fusion of the first with `silu_mul`, taken where a device has it. Embeddings, routers and
+        experts keep theirs.
+    """
+
+    ops: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Check that linear maps have an op, and that nothing else is named."""
+        Spec.__post_init__(self)
+        known = {"linear", "lm_head", "linear_silu_mul"}
+        if "linear" not in self.ops or not known.issuperset(self.ops):
+            raise ValueError(f"{self.name}: ops names {sorted(self.ops)}; 'linear' is needed, of {sorted(known)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerSpec(Spec):
     """A scheduling policy. `target()` builds a `SchedulerPolicy`."""
 

@@ -6,12 +6,13 @@ Rounding points are those of Hugging Face transformers, which the models are che
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from xllm_core.errors import ConfigError
+from xllm_core.reference.quantization import int8_rows
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.device import DeviceBackend
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _FEW_ROWS = 4
 # Weight rows widened to float32 at a time: the copy stays in cache until it is multiplied.
 _TILE_ROWS = 2048
+# 255 * 127 * 512 < 2**24: so many products of 8-bit integers add up exactly in float32, in any order.
+_EXACT_COLUMNS = 512
 
 
 class Linear:
@@ -62,6 +65,43 @@ class LmHead(Linear):
         for start in range(0, len(weight), _TILE_ROWS):
             rows = slice(start, start + _TILE_ROWS)
             out[:, rows] = F.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        return out
+
+
+class LinearInt8:
+    """`linear_int8`: sums of 8-bit products are whole numbers, exact in float32 as long as few enough are added; then in int32."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def prepare(
+        self, weight: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """weight: int8 [out, in] and float32 [out], as `reference.quantization.Int8` makes them."""
+        return *weight, None if bias is None else bias.float()
+
+    def __call__(
+        self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    ) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out] in x's dtype."""
+        weight, steps, bias = prepared
+        values, x_steps = int8_rows(x)
+        sums = torch.zeros(len(x), len(weight), dtype=torch.int32, device=x.device)
+        for start in range(0, len(weight), _TILE_ROWS):
+            tile = weight[start : start + _TILE_ROWS].float()
+            for pair in zip(torch.split(values, _EXACT_COLUMNS, 1), torch.split(tile, _EXACT_COLUMNS, 1), strict=True):
+                sums[:, start : start + len(tile)] += F.linear(*pair).to(torch.int32)
+        out = sums.float() * (x_steps * steps)
+        return self._rounded(out if bias is None else out + bias, x.dtype)
+
+    def _rounded(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return out.to(dtype)
+
+
+class LmHeadInt8(LinearInt8):
+    """`lm_head_int8`: the same, never rounded."""
+
+    def _rounded(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return out
 
 
@@ -223,15 +263,23 @@ class LinearSiluMul:
     """The fusion `linear_silu_mul`: what `silu_mul` makes of `linear`. The oracle of fusions; the core itself calls the two ops."""
 
     def __init__(self, device: DeviceBackend) -> None:
-        self._linear, self._silu_mul = Linear(device), SiluMul(device)
+        self._linear: Any = Linear(device)
+        self._silu_mul = SiluMul(device)
 
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def prepare(self, weight: Any, bias: torch.Tensor | None) -> Any:
         """weight: [2I, in], gate above up."""
         return self._linear.prepare(weight, bias)
 
-    def __call__(self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x: [T, in]. Returns [T, I]."""
         return self._silu_mul(self._linear(x, prepared))
+
+
+class LinearSiluMulInt8(LinearSiluMul):
+    """The fusion `linear_silu_mul_int8`, likewise. weight: of both, gate above up."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._linear, self._silu_mul = LinearInt8(device), SiluMul(device)
 
 
 class RopeKvWrite:

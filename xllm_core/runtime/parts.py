@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class CoreParts:
 
     ops: built callables by name. kernels: built attention kernels by KV group, made for this rank's share of the heads.
     all_reduce(tensor) returns the sum over ranks, all_gather(tensor) the concatenation of last dimensions; needed if `world_size` > 1.
+    quantize, quantized_ops: of the chosen format, and the ops that read it instead of "linear", "lm_head" and "linear_silu_mul".
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class CoreParts:
         rank: int = 0,
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
         all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None,
+        quantized_ops: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if world_size > 1 and (all_reduce is None or all_gather is None):
             raise IntegrityError(f"{world_size} ranks need both all_reduce and all_gather")
@@ -68,6 +72,7 @@ class CoreParts:
         self.world_size, self.rank = world_size, rank
         self.parameters: dict[str, Parameter] = {}
         self._ops, self._kernels = ops, kernels
+        self._quantize, self._quantized_ops = quantize, quantized_ops
         self._all_reduce = all_reduce or _identity
         self._all_gather = all_gather or _identity
         self._linears: list[_BoundLinear] = []
@@ -107,15 +112,15 @@ class CoreParts:
         bias = self._new_parameter(f"{name}.bias", (out_features,), bias_axis) if has_bias else None
         is_added_here = axis != "row" or self.rank == 0
         after = self._all_reduce if axis == "row" else _identity
-        return self._bind(_BoundLinear(self.op("linear"), weight, bias if is_added_here else None, after))
+        return self._product("linear", weight, bias if is_added_here else None, after)
 
     def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Linear:
         """By the fusion of that name where one was chosen, else by its two ops."""
         weight = self._new_parameter(f"{name}.weight", (2 * inner, in_features), "column")
         bias = self._new_parameter(f"{name}.bias", (2 * inner,), "column") if has_bias else None
-        if "linear_silu_mul" in self._ops:
-            return self._bind(_BoundLinear(self.op("linear_silu_mul"), weight, bias, _identity))
-        return self._bind(_BoundLinear(self.op("linear"), weight, bias, self.op("silu_mul")))
+        if "linear_silu_mul" in (self._quantized_ops or self._ops):
+            return self._product("linear_silu_mul", weight, bias, _identity)
+        return self._product("linear", weight, bias, self.op("silu_mul"))
 
     def router(self, name: str, hidden: int, num_experts: int) -> Linear:
         """A float32 map that every rank computes: all must send a token to the same experts."""
@@ -156,6 +161,8 @@ class CoreParts:
             weight = self._new_parameter(f"{name}.weight", (vocab_size, size), "vocab")
         else:
             weight = self.parameters[f"{tied_to}.weight"]
+        if "lm_head" in self._quantized_ops:
+            return self._product("lm_head", weight, None, self._all_gather)
         product = self.op("lm_head", unfused=self.op("linear"))
         return self._bind(_BoundLinear(product, weight, None, self._all_gather))
 
@@ -212,6 +219,14 @@ class CoreParts:
         self.parameters[name] = parameter
         return parameter
 
+    def _product(
+        self, role: str, weight: Parameter, bias: Parameter | None, after: Callable[[torch.Tensor], torch.Tensor]
+    ) -> _BoundLinear:
+        """By the op that reads the chosen format, where one does."""
+        name = self._quantized_ops.get(role)
+        quantize = self._quantize if name is not None else None
+        return self._bind(_BoundLinear(self.op(name or role), weight, bias, after, quantize))
+
     def _bind(self, linear: _BoundLinear) -> _BoundLinear:
         self._linears.append(linear)
         return linear
@@ -245,14 +260,16 @@ class _BoundLinear:
         weight: Parameter,
         bias: Parameter | None,
         after: Callable[[torch.Tensor], torch.Tensor],
+        quantize: Callable[[torch.Tensor], Any] | None = None,
     ) -> None:
         self._op: LinearOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
-        self.weight, self._bias, self._after = weight, bias, after
+        self.weight, self._bias, self._after, self._quantize = weight, bias, after, quantize or _identity
         self._prepared: Any = None
 
     def prepare(self) -> None:
         assert self.weight.tensor is not None
-        self._prepared = self._op.prepare(self.weight.tensor, self._bias.tensor if self._bias else None)
+        weight = self._quantize(self.weight.tensor)
+        self._prepared = self._op.prepare(weight, self._bias.tensor if self._bias else None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._after(self._op(x, self._prepared))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from xllm_core.reference import ops as reference
+from xllm_core.reference.quantization import Int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Call:
     """
 
     arguments: tuple[Any, ...]
-    prepared: tuple[torch.Tensor | None, ...] | None = None
+    prepared: tuple[torch.Tensor | tuple[torch.Tensor, ...] | None, ...] | None = None
     changed: int | None = None
     by_row: tuple[int, ...] = (0,)
 
@@ -165,6 +166,22 @@ def _linear_silu_mul(draw: Draw, tokens: int) -> Iterable[Call]:
         )
 
 
+def _int8(draw: Draw, tokens: int) -> Iterable[Call]:
+    """Widths that are no whole vectors, more of them than float32 adds exactly, rows of zeros and of one large value."""
+    for in_features, out_features, has_bias in ((64, 48, False), (33, 7, True), (1100, 130, True), (1, 1, False)):
+        weight, bias = draw(out_features, in_features), draw(out_features) if has_bias else None
+        x = draw(tokens, in_features)
+        weight[::5], x[1::7], x[2::7, 0] = 0, 0, 100
+        yield Call((x,), prepared=(Int8().quantize(weight), bias))
+
+
+def _linear_silu_mul_int8(draw: Draw, tokens: int) -> Iterable[Call]:
+    for in_features, inner, has_bias in ((64, 48, False), (33, 7, True), (256, 130, True)):
+        bias = draw(2 * inner) if has_bias else None
+        x = draw(tokens, in_features, spread=in_features**-0.5)
+        yield Call((x,), prepared=(Int8().quantize(draw(2 * inner, in_features)), bias))
+
+
 def _rope_kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
     num_blocks, slots = _slots(draw, tokens)
     q, k, v = draw(tokens, 4, 8), draw(tokens, 2, 8), draw(tokens, 2, 8)
@@ -185,6 +202,9 @@ OPS: Mapping[str, OpInputs] = {
     "moe_experts": OpInputs(_moe_experts, roundings=6),
     "lm_head": OpInputs(_lm_head),
     "linear_silu_mul": OpInputs(_linear_silu_mul, roundings=5),
+    "linear_int8": OpInputs(_int8),
+    "lm_head_int8": OpInputs(_int8),
+    "linear_silu_mul_int8": OpInputs(_linear_silu_mul_int8, roundings=5),
     "rope_kv_write": OpInputs(_rope_kv_write, roundings=3, caches=(5,)),
 }
 

@@ -26,6 +26,14 @@ XLLM_API int xllm_linear(
     const void* x, const void* packed, const float* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16, int fuses,
     int is_wide);
 
+// The same over 8-bit integers. weight: [n][k]; steps: [n], of its rows. room: [m][xllm_int8_room(k)] bytes, for the rows of x in 8 bits.
+XLLM_API int64_t xllm_int8_bytes(int64_t n, int64_t k, int fuses);
+XLLM_API int64_t xllm_int8_room(int64_t k);
+XLLM_API int xllm_pack_int8(const int8_t* weight, const float* steps, int64_t n, int64_t k, int fuses, void* out);
+XLLM_API int xllm_linear_int8(
+    const void* x, const void* packed, const float* bias, void* out, void* room, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16,
+    int fuses, int is_wide);
+
 // Gated experts. x, out: [tokens][hidden]; ids, weights: [tokens][top_k], id -1 is skipped; gate_up, down: the packed weights of one expert after
 // the other, gate_up packed with `fuses`; counts: [num_experts], added to.
 XLLM_API int xllm_experts(

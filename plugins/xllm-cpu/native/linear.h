@@ -19,11 +19,55 @@ inline int64_t num_panels(int64_t n, bool fuses) { return fuses ? round_up(n / 2
 
 inline F silu(F x) { return div(x, add(set1(1.0f), vexp(sub(zero(), x)))); }
 
+// What multiplies: `tile<MR>(row, panel)` computes MR rows from `row` on by one panel. Rows first .. last - 1, in tiles of nearly equal height.
+template <class Tiles> void tile_rows(const Tiles& tiles, int64_t first, int64_t last, int64_t panel) {
+  const int64_t height = last - first, count = (height + MAX_MR - 1) / MAX_MR;
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t begin = first + height * t / count, end = first + height * (t + 1) / count;
+    with_rows(static_cast<int>(end - begin), [&]<int MR>() { tiles.template tile<MR>(begin, panel); });
+  }
+}
+
+// m rows by all panels, on all threads.
+template <class Tiles> void run_tiles(const Tiles& tiles, int64_t m, int64_t count) {
+  if (m == 0) return;
+  const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, wanted = 8 * num_threads();
+  const int64_t grain = blocks >= wanted ? count : (count * blocks + wanted - 1) / wanted;
+  const int64_t groups = (count + grain - 1) / grain;
+  parallel_for(blocks * groups, [&](int64_t piece) {
+    const int64_t block = piece / groups, group = piece % groups;
+    const int64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m;
+    for (int64_t panel = group * grain; panel < count && panel < (group + 1) * grain; panel++) tile_rows(tiles, first, last, panel);
+  });
+}
+
+// Sums of one row and panel to results: bias, activation, rounding.
+template <class E> struct Output {
+  const float* bias;  // in the order of packed lanes, padded; null for none
+  void* out;          // E::T, or float with is_wide
+  int64_t n, ldo;
+  bool fuses, is_wide;
+
+  void store(int64_t row, int64_t panel, F c0, F c1) const {
+    if (bias != nullptr) c0 = add(c0, load(bias + panel * NR)), c1 = add(c1, load(bias + panel * NR + W));
+    if (fuses) store_part<E>(static_cast<typename E::T*>(out) + row * ldo + panel * W, mul(silu(c0), c1), n / 2 - panel * W);
+    else if (is_wide) put<F32>(row, panel, c0, c1);
+    else put<E>(row, panel, c0, c1);
+  }
+
+  template <class O> void put(int64_t row, int64_t panel, F c0, F c1) const {
+    typename O::T* to = static_cast<typename O::T*>(out) + row * ldo + panel * NR;
+    const int64_t left = n - panel * NR;
+    store_part<O>(to, c0, left);
+    if (left > W) store_part<O>(to + W, c1, left - W);
+  }
+};
+
 template <class E> struct Call {
   const typename E::T* x;
   const typename E::T* packed;
-  const float* bias;  // in the order of packed lanes, padded; null for none
-  void* out;          // E::T, or float with is_wide
+  const float* bias;
+  void* out;
   int64_t m, n, k, ldx, ldo;
   bool fuses, is_wide;
 
@@ -31,50 +75,17 @@ template <class E> struct Call {
     F c[MR][2];
     for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
     multiply<E, MR>(x + row * ldx, ldx, packed + panel * panel_size<E>(k), steps_of<E>(k), c);
-    if (bias != nullptr) {
-      const F b0 = load(bias + panel * NR), b1 = load(bias + panel * NR + W);
-      for (int i = 0; i < MR; i++) c[i][0] = add(c[i][0], b0), c[i][1] = add(c[i][1], b1);
-    }
-    for (int i = 0; i < MR; i++) {
-      if (fuses) store_part<E>(static_cast<typename E::T*>(out) + (row + i) * ldo + panel * W, mul(silu(c[i][0]), c[i][1]), n / 2 - panel * W);
-      else if (is_wide) put<F32>(row + i, panel, c[i]);
-      else put<E>(row + i, panel, c[i]);
-    }
-  }
-
-  template <class O> void put(int64_t row, int64_t panel, const F (&c)[2]) const {
-    typename O::T* to = static_cast<typename O::T*>(out) + row * ldo + panel * NR;
-    const int64_t left = n - panel * NR;
-    store_part<O>(to, c[0], left);
-    if (left > W) store_part<O>(to + W, c[1], left - W);
-  }
-
-  void rows(int64_t first, int64_t last, int64_t panel) const {
-    const int64_t count = last - first, tiles = (count + MAX_MR - 1) / MAX_MR;
-    for (int64_t t = 0; t < tiles; t++) {  // tiles of nearly equal height
-      const int64_t begin = first + count * t / tiles, end = first + count * (t + 1) / tiles;
-      with_rows(static_cast<int>(end - begin), [&]<int MR>() { tile<MR>(begin, panel); });
-    }
+    const Output<E> to{bias, out, n, ldo, fuses, is_wide};
+    for (int i = 0; i < MR; i++) to.store(row + i, panel, c[i][0], c[i][1]);
   }
 
   // Every row over some panels.
   void panels(int64_t begin, int64_t end) const {
     for (int64_t first = 0; first < m; first += BLOCK_ROWS)
-      for (int64_t panel = begin; panel < end; panel++) rows(first, first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m, panel);
+      for (int64_t panel = begin; panel < end; panel++) tile_rows(*this, first, first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m, panel);
   }
 
-  void run() const {
-    if (m == 0) return;
-    const int64_t count = num_panels(n, fuses), blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t wanted = 8 * num_threads();
-    const int64_t grain = blocks >= wanted ? count : (count * blocks + wanted - 1) / wanted;
-    const int64_t groups = (count + grain - 1) / grain;
-    parallel_for(blocks * groups, [&](int64_t piece) {
-      const int64_t block = piece / groups, group = piece % groups;
-      const int64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m;
-      for (int64_t panel = group * grain; panel < count && panel < (group + 1) * grain; panel++) rows(first, last, panel);
-    });
-  }
+  void run() const { run_tiles(*this, m, num_panels(n, fuses)); }
 };
 
 }  // namespace xllm

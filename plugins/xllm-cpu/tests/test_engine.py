@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from xllm_cpu.isa import runnable
 
 from xllm_core import LLM, SamplingParams
@@ -45,10 +46,40 @@ def test_it_is_chosen_where_no_accelerator_is(model: str) -> None:
     assert info.kernels["attention.full"] == "cpu/paged" and info.kernels["rope_kv_write"] == "cpu/rope_kv_write"
 
 
+def scores(model: str, **settings: Any) -> torch.Tensor:
+    """Log probabilities of the prompts' own tokens."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    found = []
+    with LLM(model, dtype="float32", num_blocks=128, max_num_seqs=8, **settings) as llm:
+        for answer in llm.generate(PROMPTS, params, use_tqdm=False):
+            pairs = zip(answer.prompt_token_ids[1:], (answer.prompt_logprobs or [])[1:], strict=True)
+            found += [entry[token].logprob for token, entry in pairs if entry is not None]
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("isa", runnable())
+def test_quantised_scores_of_the_reference(model: str, isa: str) -> None:
+    """The same format, whoever computes it: what remains, where the last bit of a silu moves a byte by one, is far below what 8 bits cost."""
+    plugin = {"cpu": {"isa": isa}}
+    expected, exact = (scores(model, device="core/reference", quantization=q) for q in ("int8", None))
+    found = scores(model, device="cpu/cpu", quantization="int8", plugin=plugin)
+    cost = float((expected - exact).square().mean())
+    assert cost > 0 and float((found - expected).square().mean()) < cost / 4
+
+
+def test_quantised_parts(model: str) -> None:
+    """The fusion and the head of the format are in use."""
+    with LLM(model, num_blocks=64, quantization="int8", device="cpu/cpu") as llm:
+        used = {name: part for name, part in llm.info.kernels.items() if name.endswith("int8")}
+    assert used == {name: f"cpu/{name}" for name in ("linear_int8", "lm_head_int8", "linear_silu_mul_int8")}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_verify_to_the_bit(model: str, dtype: str) -> None:
+def test_verify_to_the_bit(model: str, dtype: str, quantization: str | None) -> None:
     """The quick matrix. The device promises equal rows, so no near tie excuses a difference. Dies with any kernel that feels its neighbours."""
-    report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu").run()
+    settings = {"quantization": quantization} if quantization else {}
+    report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu", **settings).run()
     assert report.has_passed, [
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
     ]

@@ -28,6 +28,20 @@ Fusions stand for several ops in a row. A device may do without: `Parts` then ca
 | `lm_head` | `LinearOp`, returns [T, out] float32 | `linear(x)`, not rounded to the model's dtype: scores that differ stay different |
 | `rope_kv_write` | `(q, k, v, cos, sin, caches: (k, v), slots) -> q rotated` | `q, k = rope(q, k, cos, sin)`, `kv_write((k, v), caches, slots)` |
 
+Ops over quantised weights, asked for where `[model] quantization` names the format. A device may do without; the format is then refused there.
+
+| op | call | meaning |
+|---|---|---|
+| `linear_int8` | `QuantizedLinearOp` over `(int8 [out, in], float32 [out])`, returns [T, out] | `linear` in 8-bit integers, see below |
+| `lm_head_int8` | the same, returns [T, out] float32 | `lm_head` likewise |
+| `linear_silu_mul_int8` | the same, returns [T, out / 2] | fusion of `linear_int8` and `silu_mul` |
+
+Format "int8". A row of a weight, whose largest magnitude is a, becomes round(r * (127 / a)) and a step a / 127. A token's row of x, with
+lo = min(0, least) and hi = max(0, largest), becomes bytes b = min(255, round(x * f) + z), where f = 255 / (hi - lo) and z = round(-lo * f), and
+a step (hi - lo) / 255. Halves go to even. Sums of (b - z) * r are exact 32-bit integers, so `in` is at most 65,536; then
+sum * (step of x * step of weight) + bias, each in float32 and in this order, rounded to the model's dtype at the end. A row with a range below
+2**-100 is zeros, and a row of x whose range is not finite gives NaN. So kernels agree to the bit, but for silu.
+
 A plugin may fuse under names of its own, for models that ask for them: `Parts.op(name, unfused=...)`.
 """
 
@@ -52,9 +66,16 @@ CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
 }
 """What the core's models can have fused, and what each fusion replaces."""
 
+QUANTIZED_OPS: Mapping[str, tuple[str, ...]] = {
+    "linear_int8": (),
+    "lm_head_int8": (),
+    "linear_silu_mul_int8": ("linear_int8", "silu_mul"),
+}
+"""Ops over quantised weights, and for fusions what they replace."""
+
 REFERENCE_OPS = {
     op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
-    for op in (*CORE_OPS, *MODEL_OPS, "lm_head")
+    for op in (*CORE_OPS, *MODEL_OPS, "lm_head", "linear_int8", "lm_head_int8")
 }
 """Targets of the definitions, and of the one fusion that the reference has a use for itself.
 
@@ -73,6 +94,23 @@ class LinearOp(Protocol):
 
         The op may keep the tensors given or drop them after packing; the loader keeps no other reference.
         """
+
+    def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """x: [T, in], model dtype, contiguous. Returns [T, out]."""
+
+
+class Quantization(Protocol):
+    """A format of weights. `xllm_core.reference.quantization` has the core's."""
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One weight [out, in], in the model's dtype and on the device, finite. Returns what ops of the format take in `prepare`; keeps nothing."""
+
+
+class QuantizedLinearOp(Protocol):
+    """A linear map over a weight in some format; activations are its own affair, as the format says."""
+
+    def prepare(self, weight: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> Any:
+        """Lay out what `Quantization.quantize` made, and bias [out] in the model's dtype. As `LinearOp.prepare`."""
 
     def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x: [T, in], model dtype, contiguous. Returns [T, out]."""

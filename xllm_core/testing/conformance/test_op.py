@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, MODEL_OPS
+from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, MODEL_OPS, QUANTIZED_OPS
 from xllm_core.plugins.contracts.queries import OpQuery
 from xllm_core.plugins.select import unfit_op
 from xllm_core.testing.plugin import Kit, kit_of
@@ -190,18 +190,19 @@ def _first(tensor: torch.Tensor, count: int) -> torch.Tensor:
 def test_its_name_means_something(part: Part) -> None:
     """The op is one that the core defines, or a fusion of such."""
     spec = part.spec
-    if spec.op in (*CORE_OPS, *MODEL_OPS):
+    ops = (*CORE_OPS, *MODEL_OPS, *(name for name, replaces in QUANTIZED_OPS.items() if not replaces))
+    if spec.op in ops:
         assert not spec.replaces, f"{spec.op!r} is an op of the core and no fusion; it replaces nothing"
         return
-    fusions = CORE_FUSIONS
+    fusions = {**CORE_FUSIONS, **{name: replaces for name, replaces in QUANTIZED_OPS.items() if replaces}}
     assert spec.op in fusions or spec.replaces, (
-        f"{spec.op!r} is no op of the core and replaces none, so no model ever asks for it; ops are {', '.join((*CORE_OPS, *MODEL_OPS))}"
+        f"{spec.op!r} is no op of the core and replaces none, so no model ever asks for it; ops are {', '.join(ops)}"
     )
     if spec.op in fusions:
         assert spec.replaces == fusions[spec.op], (
             f"{spec.op!r} stands for {', '.join(fusions[spec.op])}, the spec says {', '.join(spec.replaces) or 'nothing'}"
         )
-    unknown = sorted(set(spec.replaces) - {*CORE_OPS, *MODEL_OPS, *fusions})
+    unknown = sorted(set(spec.replaces) - {*ops, *fusions})
     assert not unknown, f"{spec.op!r} replaces {', '.join(unknown)}, which nobody defines"
 
 

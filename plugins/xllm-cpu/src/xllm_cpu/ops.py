@@ -61,12 +61,16 @@ class Linear:
         weight = weight.contiguous()
         packed = self._allocate(native.packed_elements(n, k, is_bf16, self._fuses), weight.dtype)
         native.pack(weight.data_ptr(), n, k, is_bf16, self._fuses, packed.data_ptr())
-        laid_out = None
-        if bias is not None:
-            wide = bias.float().contiguous()
-            laid_out = torch.empty(native.packed_columns(n, self._fuses), dtype=torch.float32)
-            native.pack_bias(wide.data_ptr(), n, self._fuses, laid_out.data_ptr())
-        return Packed(packed, laid_out, n, k)
+        return Packed(packed, self._pack_bias(bias, n), n, k)
+
+    def _pack_bias(self, bias: torch.Tensor | None, n: int) -> torch.Tensor | None:
+        if bias is None:
+            return None
+        _check(bias.shape == (n,), f"a bias must be [{n}]", bias)
+        wide = bias.float().contiguous()
+        laid_out = torch.empty(self._native.packed_columns(n, self._fuses), dtype=torch.float32)
+        self._native.pack_bias(wide.data_ptr(), n, self._fuses, laid_out.data_ptr())
+        return laid_out
 
     def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
         """x: [T, in]. Returns [T, out]."""

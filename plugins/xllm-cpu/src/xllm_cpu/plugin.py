@@ -8,6 +8,7 @@ from xllm_core.plugins import (
     CORE_FUSIONS,
     CORE_OPS,
     MODEL_OPS,
+    QUANTIZED_OPS,
     AttentionSpec,
     DeviceSpec,
     OpSpec,
@@ -34,11 +35,13 @@ def xllm_devices(ctx: PluginContext) -> Iterable[DeviceSpec]:
 
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
-    """Every op of the core, those that only some models need, and the fusions."""
-    for op in (*CORE_OPS, *MODEL_OPS, *CORE_FUSIONS):
+    """Every op of the core, those that only some models need, those over quantised weights, and the fusions."""
+    fusions = {**CORE_FUSIONS, **QUANTIZED_OPS}
+    for op in (*CORE_OPS, *MODEL_OPS, *fusions):
         attribute = "".join(part.capitalize() for part in op.split("_"))
+        module = "xllm_cpu.quantized" if op in QUANTIZED_OPS else "xllm_cpu.ops"
         yield OpSpec(
-            name=op, op=op, target=f"xllm_cpu.ops:{attribute}", rank=50, devices=_CPU, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ())
+            name=op, op=op, target=f"{module}:{attribute}", rank=50, devices=_CPU, dtypes=_DTYPES, replaces=fusions.get(op, ())
         )  # fmt: skip
 
 

@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 
+from xllm_core.reference.quantization import Int8
+
+
+class Inner(Int8):
+    """8-bit weights, as the core's."""
+
 
 class ToyLinear:
     """x @ weight.T + bias, counted."""
@@ -25,6 +31,14 @@ class ToyLinear:
         weight, bias = prepared
         y = x @ weight.T
         return y if bias is None else y + bias
+
+
+class ToyLmHead(ToyLinear):
+    """The same, in float32."""
+
+    def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """[T, in] -> [T, out]."""
+        return super().__call__(x, prepared).float()
 
 
 class ToyLinearSiluMul:

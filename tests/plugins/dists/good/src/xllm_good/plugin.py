@@ -18,6 +18,7 @@ from xllm_core.plugins import (
     OpSpec,
     PluginContext,
     PluginInfo,
+    QuantizationSpec,
     SamplerSpec,
     SchedulerSpec,
     WeightFormatSpec,
@@ -47,7 +48,7 @@ def xllm_ops() -> Iterable[OpSpec]:
             name=name, op=name, target=f"xllm_good.ops:Toy{attribute}", devices=_TOY, dtypes=_DTYPES, rank=5, replaces=replaces
         )  # fmt: skip
     yield OpSpec(name="linear", op="linear", target="xllm_good.ops:ToyLinear", devices=_TOY, dtypes=_DTYPES, rank=5)
-    for op in set(CORE_OPS) - {"linear"}:
+    for op in {*CORE_OPS, "linear_int8"} - {"linear"}:
         attribute = "".join(part.capitalize() for part in op.split("_"))
         yield OpSpec(name=op, op=op, target=f"xllm_core.reference.ops:{attribute}", devices=_TOY, dtypes=_DTYPES)
 
@@ -78,6 +79,12 @@ def xllm_models() -> Iterable[ModelSpec]:
 def xllm_weight_formats() -> Iterable[WeightFormatSpec]:
     """Models named `toy:SEED`, made up when they are opened."""
     yield WeightFormatSpec(name="toy", target="xllm_good.weights:ToyFormat", summary="toy:SEED, random weights")
+
+
+@hookimpl
+def xllm_quantizations() -> Iterable[QuantizationSpec]:
+    """The core's format, for all linear maps but the last."""
+    yield QuantizationSpec(name="inner", target="xllm_good.ops:Inner", ops={"linear": "linear_int8"})
 
 
 @hookimpl

@@ -1,0 +1,193 @@
+// Linear maps over 8-bit integers: a step per output channel, a step per row of x, sums in 32 bits, scaled once in float32.
+//
+// Rows of x are turned into unsigned bytes with a zero point first, as VPDPBUSD multiplies unsigned by signed; each accumulator starts at minus the
+// zero point times the sum of its weights. Sums are exact modulo 2**32, and what they stand for fits up to K = 65,536, so every instruction set
+// gives the same results; `contracts/ops.py` of the core defines them.
+//
+// A panel is [NR] int32 sums of weights, [NR] float steps, then [K / 4][NR][4] weights. Limits as in linear.cpp, with half the bytes.
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+
+#include "api.h"
+#include "linear.h"
+#include "pool.h"
+
+namespace xllm {
+namespace {
+
+constexpr int P = 4;
+constexpr int64_t ROW_HEAD = 64;  // in front of a row's bytes
+struct RowHead {
+  float step;
+  int32_t minus_zero;
+};
+
+int64_t padded(int64_t k) { return round_up(k, P); }
+int64_t panel_bytes(int64_t k) { return NR * (sizeof(int32_t) + sizeof(float)) + padded(k) * NR; }
+
+// Bytes of four columns beside each other, ready to be multiplied.
+#if defined(__AVX512VNNI__)
+struct Bytes { I v; };
+inline Bytes as_signed(I x) { return {x}; }
+inline Bytes as_unsigned(I x) { return {x}; }
+inline I dot4(I c, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(c.v, a.v.v, b.v.v)}; }
+inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
+#elif defined(__AVX512F__)
+struct Bytes { __m512i even, odd; };  // widened to 16 bits: sums of two products of bytes do not fit there, as VPMADDUBSW would have it
+inline Bytes as_signed(I x) { return {_mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8), _mm512_srai_epi16(x.v, 8)}; }
+inline Bytes as_unsigned(I x) { return {_mm512_and_si512(x.v, _mm512_set1_epi16(255)), _mm512_srli_epi16(x.v, 8)}; }
+inline I dot4(I c, Bytes a, Bytes b) {
+  return {_mm512_add_epi32(_mm512_add_epi32(c.v, _mm512_madd_epi16(a.even, b.even)), _mm512_madd_epi16(a.odd, b.odd))};
+}
+inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
+#elif defined(__AVX2__)
+struct Bytes { __m256i even, odd; };
+inline Bytes as_signed(I x) { return {_mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8), _mm256_srai_epi16(x.v, 8)}; }
+inline Bytes as_unsigned(I x) { return {_mm256_and_si256(x.v, _mm256_set1_epi16(255)), _mm256_srli_epi16(x.v, 8)}; }
+inline I dot4(I c, Bytes a, Bytes b) {
+  return {_mm256_add_epi32(_mm256_add_epi32(c.v, _mm256_madd_epi16(a.even, b.even)), _mm256_madd_epi16(a.odd, b.odd))};
+}
+inline I multiplied(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.v)}; }
+#else
+struct Bytes { I v; };
+inline Bytes as_signed(I x) { return {x}; }
+inline Bytes as_unsigned(I x) { return {x}; }
+inline I dot4(I c, Bytes a, Bytes b) {
+  return each<I>([&](int i) {
+    const auto x = static_cast<uint32_t>(a.v.v[i]), y = static_cast<uint32_t>(b.v.v[i]);
+    auto total = static_cast<uint32_t>(c.v[i]);
+    for (int p = 0; p < 32; p += 8) total += (x >> p & 255) * static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(y >> p)));
+    return static_cast<int32_t>(total);
+  });
+}
+inline I multiplied(I a, I b) {
+  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i])); });
+}
+inline F to_float(I x) { return each<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
+#endif
+
+void pack(const int8_t* weight, const float* steps, int64_t n, int64_t k, bool fuses, char* out) {
+  parallel_for(num_panels(n, fuses), [&](int64_t panel) {
+    char* head = out + panel * panel_bytes(k);
+    char* to = head + NR * (sizeof(int32_t) + sizeof(float));
+    for (int lane = 0; lane < NR; lane++) {
+      const int64_t row = source_row(panel, lane, n, fuses);
+      int32_t total = 0;
+      for (int64_t at = 0; at < padded(k); at++) {
+        const int8_t value = row >= 0 && at < k ? weight[row * k + at] : int8_t{0};
+        total += value;
+        to[(at / P * NR + lane) * P + at % P] = static_cast<char>(value);
+      }
+      const float step = row >= 0 ? steps[row] : 0.0f;
+      std::memcpy(head + lane * sizeof total, &total, sizeof total);
+      std::memcpy(head + (NR + lane) * sizeof step, &step, sizeof step);
+    }
+  });
+}
+
+inline int32_t bits_of(float x) { return std::bit_cast<int32_t>(x); }
+
+// The last bits are those of the whole number next to x, half to even.
+inline float rounded(float x) { return x + 0x1.8p23f; }
+inline int32_t whole(float x) { return bits_of(rounded(x)) - bits_of(0x1.8p23f); }
+
+// One row of x to its head and bytes.
+template <class E> void to_bytes(const typename E::T* x, int64_t k, char* row) {
+  F low = zero(), high = zero(), test = zero();
+  for (int64_t i = 0; i < k; i += W) {
+    const F part = load_part<E>(x + i, k - i);
+    low = vmin(low, part), high = vmax(high, part), test = add(test, mul(part, zero()));  // 0 times what is not finite is NaN
+  }
+  const float least = -top(sub(zero(), low)), span = sum(test) + (top(high) - least);
+  const bool is_finite = span <= 0x1.fffffep127f, is_zero = span < 0x1p-100f;
+  const float factor = !is_finite || is_zero ? 0.0f : 255.0f / span;
+  const int32_t zero_point = is_finite ? whole(-least * factor) : 0;
+  const RowHead head{!is_finite ? __builtin_nanf("") : is_zero ? 0.0f : span / 255.0f, -zero_point};
+  std::memcpy(row, &head, sizeof head);
+  auto* to = reinterpret_cast<uint8_t*>(row + ROW_HEAD);
+  for (int64_t i = 0; i < k; i++) {
+    const int32_t value = whole(E::one(x[i]) * factor) + zero_point;
+    to[i] = static_cast<uint8_t>(value < 255 ? value : 255);
+  }
+  for (int64_t i = k; i < padded(k); i++) to[i] = 0;
+}
+
+template <class E> struct Int8Call {
+  const char* rows;
+  const char* packed;
+  int64_t k, row_bytes;
+  Output<E> to;
+
+  template <int MR> void tile(int64_t row, int64_t panel) const {
+    const char* first = rows + row * row_bytes;
+    const char* head = packed + panel * panel_bytes(k);
+    const char* steps = head + NR * sizeof(int32_t);
+    const char* b = steps + NR * sizeof(float);
+    I c[MR][2];
+    const I total0 = loadi(head), total1 = loadi(head + W * sizeof(int32_t));
+    for (int i = 0; i < MR; i++) {
+      const I minus_zero = bcast(first + i * row_bytes + offsetof(RowHead, minus_zero));
+      c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
+    }
+    for (int64_t at = 0; at < padded(k); at += P, b += NR * P) {
+#if defined(__AVX512F__)
+      if (MR <= 4) {
+        _mm_prefetch(b + 4096, _MM_HINT_T0);
+        _mm_prefetch(b + 4096 + 64, _MM_HINT_T0);
+      }
+#endif
+      const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; i++) {
+        const Bytes a = as_unsigned(bcast(first + i * row_bytes + ROW_HEAD + at));
+        c[i][0] = dot4(c[i][0], a, b0);
+        c[i][1] = dot4(c[i][1], a, b1);
+      }
+    }
+    const F s0 = load(reinterpret_cast<const float*>(steps)), s1 = load(reinterpret_cast<const float*>(steps) + W);
+    for (int i = 0; i < MR; i++) {
+      float own;
+      std::memcpy(&own, first + i * row_bytes, sizeof own);
+      to.store(row + i, panel, mul(to_float(c[i][0]), mul(set1(own), s0)), mul(to_float(c[i][1]), mul(set1(own), s1)));
+    }
+  }
+};
+
+template <class E>
+void run(const void* x, const void* packed, const float* bias, void* out, void* room, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo,
+         bool fuses, bool is_wide) {
+  const int64_t row_bytes = xllm_int8_room(k);
+  char* rows = static_cast<char*>(room);
+  constexpr int64_t FEW = 1 << 15;  // elements that one thread turns into bytes sooner than it could ask another
+  const int64_t grain = std::max<int64_t>(1, FEW / std::max<int64_t>(1, k));
+  parallel_for((m + grain - 1) / grain, [&](int64_t piece) {
+    for (int64_t i = piece * grain; i < m && i < (piece + 1) * grain; i++) to_bytes<E>(static_cast<const typename E::T*>(x) + i * ldx, k, rows + i * row_bytes);
+  });
+  run_tiles(Int8Call<E>{rows, static_cast<const char*>(packed), k, row_bytes, {bias, out, n, ldo, fuses, is_wide}}, m, num_panels(n, fuses));
+}
+
+}  // namespace
+}  // namespace xllm
+
+using namespace xllm;
+
+int64_t xllm_int8_bytes(int64_t n, int64_t k, int fuses) { return num_panels(n, fuses != 0) * panel_bytes(k); }
+
+int64_t xllm_int8_room(int64_t k) { return ROW_HEAD + round_up(k, 64); }
+
+int xllm_pack_int8(const int8_t* weight, const float* steps, int64_t n, int64_t k, int fuses, void* out) {
+  pack(weight, steps, n, k, fuses != 0, static_cast<char*>(out));
+  return 0;
+}
+
+int xllm_linear_int8(
+    const void* x, const void* packed, const float* bias, void* out, void* room, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16,
+    int fuses, int is_wide) {
+  const auto call = is_bf16 != 0 ? run<Bf16> : run<F32>;
+  call(x, packed, bias, out, room, m, n, k, ldx, ldo, fuses != 0, is_wide != 0);
+  return 0;
+}

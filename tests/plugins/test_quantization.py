@@ -1,0 +1,156 @@
+"""A format of weights: chosen by name, refused where its ops are missing, and seen by what must tell it apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.tiny_models import make_tiny
+from xllm_core.config import Settings
+from xllm_core.engine.build import build_engine, load_model, plan_geometry
+from xllm_core.errors import ConfigError, ResolutionError
+from xllm_core.plugins import CORE_OPS, QuantizationSpec
+from xllm_core.plugins.explain import why
+from xllm_core.plugins.manager import PluginManager
+from xllm_core.plugins.plan import AssemblyPlan
+from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.testing.driving import drive
+from xllm_core.types import EngineRequest, SamplingParams
+
+BARE = """
+from xllm_core.plugins import CORE_OPS, QUANTIZED_OPS, REFERENCE_ATTENTION, REFERENCE_OPS, AttentionSpec, DeviceSpec, OpSpec
+KIND, TYPES = frozenset({"bare"}), frozenset({"float32"})
+@hookimpl
+def xllm_devices():
+    yield DeviceSpec(name="bare", target="xllm_bare.parts:Bare", rank=-5)
+@hookimpl
+def xllm_ops():
+    for op in (*CORE_OPS, *HAS):
+        target = REFERENCE_OPS.get(op, "xllm_core.reference.ops:LinearSiluMulInt8")
+        yield OpSpec(name=op, op=op, target=target, devices=KIND, dtypes=TYPES, replaces=QUANTIZED_OPS.get(op, ()))
+@hookimpl
+def xllm_attention():
+    yield AttentionSpec(name="paged", target=REFERENCE_ATTENTION, devices=KIND, dtypes=TYPES)
+"""
+PARTS = """
+from dataclasses import replace
+from xllm_core.reference.device import ReferenceDevice
+class Bare(ReferenceDevice):
+    def facts(self):
+        return replace(super().facts(), kind="bare", name="a bare device")
+"""
+DEVICE = "core/reference"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny("llama", tmp_path_factory.mktemp("tiny")))
+
+
+def settings(model: str, **flat: Any) -> Settings:
+    return Settings.from_flags(path=model, **{"device": DEVICE, "num_blocks": 64, "overlap": False, **flat})
+
+
+def assembled(model: str, **flat: Any) -> Assembly:
+    made = settings(model, **flat)
+    return assemble(made, PluginManager.discover(made))
+
+
+def said(model: str, **flat: Any) -> dict[str, list[int]]:
+    made = settings(model, **flat)
+    built = build_engine(assembled(model, **flat), made)
+    try:
+        params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        return drive(built.engine, [EngineRequest("a", (5, 3, 8, 1), params, seed=0)])
+    finally:
+        built.engine.close()
+
+
+def test_it_is_in_the_plan_only_when_named(model: str) -> None:
+    """With its ops and what they are instead of; the plan crosses to a worker. Killed by: a plan for all formats, or for none."""
+    plain, plan = assembled(model).plan, assembled(model, quantization="int8").plan
+    assert plain.quantization is None and not plain.quantized_ops and not [op for op in plain.ops if "int8" in op]
+    assert not [name for name, _ in plain.unused_fusions if "int8" in name]
+    assert plan.quantization is not None and plan.quantization.name == "core/int8"
+    assert plan.quantized_ops == {"linear": "linear_int8", "lm_head": "lm_head_int8"}
+    assert "lm_head" not in plan.ops and "linear_silu_mul" not in plan.ops, "nobody would call them"
+    assert plan.ops["linear_int8"].name == "core/linear_int8" and set(plan.ops) >= set(CORE_OPS)
+    assert AssemblyPlan.from_json(plan.to_json()) == plan and plan.hash != plain.hash
+    assert plan.choices()["quantization"] is plan.quantization
+
+
+def test_a_device_without_its_ops_refuses(model: str, make_dist: Callable[..., Path]) -> None:
+    """By the op's name, with who offers it. Killed by: serving unquantised weights in silence."""
+    make_dist("bare", "HAS = ('linear_int8',)\n" + BARE, {"parts.py": PARTS})
+    with pytest.raises(ResolutionError) as caught:
+        assembled(model, device="bare/bare", quantization="int8")
+    words = str(caught.value)
+    assert "[use] quantization = 'int8' cannot serve linear maps on bare in float32" in words
+    assert "no op fits lm_head_int8 on bare in float32" in words and "device bare not in reference" in words
+    assert assembled(model, device="bare/bare").plan.quantization is None
+
+
+def test_a_fusion_over_the_format(model: str, make_dist: Callable[..., Path]) -> None:
+    """Taken with the format, gives what the ops give, and is nobody's business without. Killed by: asking the plain fusion."""
+    make_dist("bare", "HAS = ('linear_int8', 'lm_head_int8', 'linear_silu_mul_int8')\n" + BARE, {"parts.py": PARTS})
+    plan = assembled(model, device="bare/bare", quantization="int8").plan
+    assert plan.quantized_ops["linear_silu_mul"] == "linear_silu_mul_int8"
+    expected = said(model, quantization="int8", dtype="float32")
+    assert said(model, device="bare/bare", quantization="int8") == expected
+    without = assembled(model, device="bare/bare").plan
+    assert "linear_silu_mul_int8" not in without.ops and not [
+        name for name, _ in without.unused_fusions if "int8" in name
+    ]
+
+
+def test_weights_are_in_the_format(model: str) -> None:
+    """Every linear map and the head; other weights stay. Killed by: a role that asks for the plain op."""
+    assembly = assembled(model, quantization="int8")
+    loaded = load_model(assembly, settings(model, quantization="int8"))
+    prepared = [linear._prepared for linear in loaded.parts._linears]
+    assert prepared and {len(weights) for weights in prepared} == {3}
+    assert {str(weights[0].dtype) for weights in prepared} == {"torch.int8"}
+    plain = load_model(assembled(model), settings(model))
+    assert {len(linear._prepared) for linear in plain.parts._linears} == {2}
+
+
+def test_stored_kv_is_told_apart(model: str) -> None:
+    """Quantised weights make other keys and values of the same tokens. Killed by: a fingerprint without the format."""
+    keys = set()
+    for flat in ({}, {"quantization": "int8"}):
+        assembly = assembled(model, **flat)
+        device = assembly.plan.device.build(0)
+        keys.add(plan_geometry(assembly, settings(model, **flat), device).fingerprint)
+    assert len(keys) == 2
+
+
+def test_names(model: str) -> None:
+    """Unknown ones are guessed at, and two different ones refused; `[use]` and `[model]` mean the same."""
+    with pytest.raises(ResolutionError, match=r"'int9': nothing is offered under that name.*int8"):
+        assembled(model, quantization="int9")
+    with pytest.raises(ConfigError, match=r"\[model\] quantization = 'int8' and \[use\] quantization = 'x' disagree"):
+        assembled(model, quantization="int8", use={"quantization": "x"})
+    pinned = assembled(model, use={"quantization": "core/int8"}).plan.quantization
+    assert pinned is not None and pinned.name == "core/int8"
+    with pytest.raises(ValueError, match="'linear' is needed"):
+        QuantizationSpec(name="x", target="a:b", ops={"embedding": "y"})
+
+
+def test_why_tells() -> None:
+    """What stands for what; that none is named; and a single op."""
+    for name, words in {
+        "int8": (
+            "chosen   core/int8  pinned by [use] quantization",
+            "linear by linear_int8",
+            "lm_head by lm_head_int8",
+        ),
+        None: ("quantization: none is used",),
+    }.items():
+        made = Settings.from_flags(device=DEVICE, quantization=name)
+        text = why("quantization", made, PluginManager.discover(made))
+        assert all(word in text for word in words) and "silu" not in text, text
+    made = Settings.from_flags(device=DEVICE)
+    assert "chosen   core/linear_int8" in why("op.linear_int8", made, PluginManager.discover(made))
