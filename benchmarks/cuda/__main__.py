@@ -1,8 +1,9 @@
-"""xllm-cuda on a real GPU, in one command: conformance, verify, throughput beside vLLM. The last line is JSON with everything.
+"""xllm-cuda on a real GPU, in one command: conformance, verify, graphs, throughput beside vLLM. The last line is JSON with everything.
 
     python -m benchmarks.cuda --model DIR
 
-Each part runs in processes of its own. Throughput: all requests at once, our engine and vLLM in turns; the median of the ratios with a 95 % interval.
+Each part runs in processes of its own. Graphs: our engine with decode steps replayed from recorded graphs and without them, in turns. Throughput: all
+requests at once, our engine and vLLM in turns. Both say the median of the ratios with a 95 % interval.
 vLLM brings its own torch, so it has an environment of its own, named by --vllm-python; without one that part says so.
 Exit status 1 if a part failed, 2 if there is no GPU. A part that fails is in the JSON, and the others run all the same.
 """
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.model, args.dtype, "cuda/cuda", args.pairs, args.num_prompts, args.input_len, args.output_len, args.vllm_python, False
         )  # fmt: skip
         results: dict[str, Any] = {"job": asdict(job), "machine": machine(job)}
-        parts = {"conformance": conformance, "verify": verify, "throughput": throughput}
+        parts = {"conformance": conformance, "verify": verify, "graphs": graphs, "throughput": throughput}
         for name, part in parts.items():
             try:
                 results[name] = part(job)
@@ -185,15 +186,35 @@ def throughput(job: Job) -> dict[str, Any]:
     }
 
 
+def graphs(job: Job) -> dict[str, Any]:
+    """Output tokens per second with graphs over those without. On a GPU it is an error if nothing was replayed."""
+    shares: list[float] = []
+
+    def replaying(seed: int) -> float:
+        figures = bench(job, seed, "--graphs")
+        shares.append(float(figures["replayed_share"]))
+        return float(figures["output_tokens_per_s"])
+
+    ratio = interleave(replaying, lambda seed: float(bench(job, seed, "--no-graphs")["output_tokens_per_s"]), job.pairs)
+    words = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of steps launched one by one, {min(shares):.1%} replayed, {job.pairs} pairs"
+    return {"ok": job.is_dry or min(shares) > 0, "ratio": asdict(ratio), "replayed_share": shares, "words": words}
+
+
 def ours(job: Job, seed: int) -> float:
-    """One round of ours: a warm-up, then the measured one."""
+    """One round of ours."""
+    return float(bench(job, seed)["output_tokens_per_s"])
+
+
+def bench(job: Job, seed: int, *more: str) -> dict[str, Any]:
+    """A warm-up, then the measured round."""
     done = xllm(
         "bench", "throughput", job.model, "--dtype", job.dtype, "--use", f"device={job.device}", "--num-prompts", str(job.num_prompts),
-        "--input-len", str(job.input_len), "--output-len", str(job.output_len), "--rounds", "1", "--seed", str(seed), "--json",
+        "--input-len", str(job.input_len), "--output-len", str(job.output_len), "--rounds", "1", "--seed", str(seed), "--json", *more,
     )  # fmt: skip
     if done.returncode:
         raise PartError(f"xllm bench failed: {last_line(done)}")
-    return float(json.loads(done.stdout.splitlines()[-1])["output_tokens_per_s"])
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def vllm(job: Job, seed: int) -> float:

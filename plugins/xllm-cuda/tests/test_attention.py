@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from xllm_cuda import attention as launches
 from xllm_cuda.attention import TritonAttention
 from xllm_cuda.tiling import WIDE_SPLITS
 from xllm_cuda_shim.device import ShimDevice
@@ -85,6 +87,66 @@ def test_queries_may_lie_in_a_larger_tensor() -> None:
     out = torch.full_like(batch.q, float("nan"))
     attention.run(wide[:, 2:8], KVSegments(own=(batch.k, batch.v)), attention.plan(batch.layout()), out)
     assert worst(out, batch) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 1, 17, 18])
+@pytest.mark.parametrize("programs", [2, 2048])
+def test_a_plan_in_place_is_any_step(programs: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer rows, shorter, fewer and more: to the bit what a new plan gives, with fewer programs than tiles and with as many. Killed by: a
+    program that does one tile only, tiles or merges left from the step before, partial results that stay where the first step had them.
+    """
+    monkeypatch.setattr(launches, "GRAPH_PROGRAMS", programs)
+    of = geometry() if window is None else geometry(sliding_window=window)
+    attention = kernel(of)
+    plan, other = attention.graph_plan(5, 20), attention.graph_plan(2, 20)
+    for step, lengths in enumerate([[3, 40, 2], [9], [100, 17, 1, 33, 64], [16, 100], [70, 70, 70, 70]]):
+        batch = make_batch(of, [(1, length) for length in lengths], seed=step)
+        want = attend(attention, DEVICE, batch)
+        attention.refill(plan, batch.layout())
+        assert torch.equal(attend(attention, DEVICE, batch, plan=plan, room=5), want), lengths
+        assert worst(want, batch) < 1e-5
+        if len(lengths) <= 2:  # another graph of the same kernel: they share the partial results
+            attention.refill(other, batch.layout())
+            assert torch.equal(attend(attention, DEVICE, batch, plan=other, room=2), want), lengths
+
+
+def test_a_plan_in_place_stays_and_has_room_for_the_longest_rows() -> None:
+    """Addresses are what a graph has recorded. Killed by: a refill that makes tensors, room for fewer tiles than a full table needs."""
+    attention = kernel(geometry())
+    plan = attention.graph_plan(2, 20)
+    names = ("ints", "header", "tiles", "merges", "tables")
+    before = [getattr(plan, name).data_ptr() for name in names]
+    batch = make_batch(geometry(), [(1, 100), (1, 97)])
+    attention.refill(plan, batch.layout())
+    assert [getattr(plan, name).data_ptr() for name in names] == before
+    assert {plan.ints.untyped_storage().data_ptr()} == {
+        getattr(plan, name).untyped_storage().data_ptr() for name in names[1:4]
+    }
+    assert plan.header[0] == len(plan.tiles) == 14 and plan.merges[:, 3].tolist() == [7, 7]
+    with_window = kernel(geometry(sliding_window=18)).graph_plan(1, 20)
+    assert len(with_window.tiles) == 3  # the last key of a split, the next sixteen, and the first of another
+    attention.refill(plan, make_batch(geometry(), [(1, 3)]).layout())
+    assert plan.header[0] == 2 and plan.merges[:, 1].tolist() == [0, 0]
+
+
+def test_padding_answers_zero() -> None:
+    """Nobody reads it, but layers behind compute with it. Killed by: rows that keep what their memory held, which may be no number."""
+    batch = make_batch(geometry(), [(1, 40)])
+    attention = kernel(geometry())
+    plan = attention.graph_plan(3, 20)
+    attention.refill(plan, batch.layout())
+    out = torch.full((3, 6, 16), float("nan"))
+    q = torch.cat([batch.q, torch.full((2, 6, 16), float("nan"))])
+    attention.run(q, KVSegments(own=(batch.k, batch.v)), plan, out)
+    assert worst(out[:1], batch) < 1e-5 and out[1:].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", [[(1, 4), (1, 4), (1, 4)], [(2, 4)], [(1, 101)]])
+def test_a_step_that_does_not_fit_is_refused(rows: list[tuple[int, int]]) -> None:
+    """Too many rows, more than one token, more blocks. Killed by: a copy that would write behind the plan's tensors, or not at all."""
+    attention = kernel(geometry())
+    with pytest.raises(ValueError, match="do not fit a graph of 2 rows of one new token and 20 blocks of 5"):
+        attention.refill(attention.graph_plan(2, 20), make_batch(geometry(), rows).layout())
 
 
 def test_what_it_cannot_do_is_refused_with_the_number() -> None:

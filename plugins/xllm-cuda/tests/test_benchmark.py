@@ -37,6 +37,6 @@ def test_a_part_that_fails_takes_nothing_with_it() -> None:
     any more, and by a failure that ends the command before its JSON.
     """
     done, said = benchmark("--dry-run", "--vllm-python", "/bin/false")
-    ok = {name: said[name]["ok"] for name in ("conformance", "verify", "throughput")}  # type: ignore[index]
-    assert ok == {"conformance": True, "verify": True, "throughput": False}, done.stdout[-3000:]
+    ok = {name: said[name]["ok"] for name in ("conformance", "verify", "graphs", "throughput")}  # type: ignore[index]
+    assert ok == {"conformance": True, "verify": True, "graphs": True, "throughput": False}, done.stdout[-3000:]
     assert (done.returncode, said["ok"]) == (1, False) and "vLLM failed" in said["throughput"]["words"]  # type: ignore[index]

@@ -12,7 +12,7 @@ from xllm_core.testing.verify import ROWS, Scale, Verifier
 
 SCALE = Scale((7, 24), 8)
 USE = {"device": "cuda-shim/cuda-shim"}
-SOME = ("prefix cache", "preemption", "overlap, stops")
+SOME = ("prefix cache", "preemption", "overlap, stops", "graph replay")
 TOO_LONG = "chunk 64"  # forces pieces of 64 tokens, and no prompt here is that long
 
 
@@ -53,9 +53,12 @@ def test_every_part_is_the_plugin_s(model: str) -> None:
 
 @pytest.mark.slow
 def test_features_change_no_token(model: str) -> None:
-    """Prefix hits, preemption and steps planned ahead. Killed by: a slot written wrongly, a block copied too late."""
+    """Prefix hits, preemption, steps planned ahead, and decode steps over plans that stay in place. Killed by: a slot written wrongly, a block
+    copied too late, a plan that keeps something of the step before.
+    """
     report = verify(model, SOME)
     assert report.has_passed and len(report.rows) == len(SOME), report.rows
+    assert not any(row.not_applicable for row in report.rows), report.rows
 
 
 @pytest.mark.nightly

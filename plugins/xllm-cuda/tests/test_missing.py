@@ -104,7 +104,8 @@ def test_settings(number: int) -> None:
 
 def test_the_probe_imports_no_torch(without_shim: list[str]) -> None:
     """Every start on a machine without a GPU waits for it. Killed by: asking torch itself what it was built for."""
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_cuda.probe import probe; print(probe()); print('torch' in sys.modules)"
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xllm_cuda.probe import probe; print(probe()); "
+    code += "print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, json.dumps(without_shim)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     reason, is_imported = done.stdout.splitlines()

@@ -43,9 +43,10 @@ class GraphDevice(DeviceBackend, Protocol):
     """A `DeviceBackend` that can record."""
 
     def capture(self, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[Graph, torch.Tensor]:
-        """Call `run` once, for steps of `max_rows` rows; return the graph and what `run` returned, which every replay overwrites.
+        """Record `run`, for steps of `max_rows` rows; return the graph, and what `run` returned: the results of this step, until the next replay.
 
-        Memory of results is shared by all graphs of the device: read them before the next replay. Raises NotCapturableError.
+        `run` may be called several times, e.g. to compile what it needs: it does the same each time. Memory of results is shared by all graphs of
+        the device: read them before the next replay. Raises NotCapturableError.
         """
 
 

@@ -1,17 +1,22 @@
-"""One NVIDIA GPU as the core sees it. Everything goes through torch's own CUDA runtime: its allocator, its streams, its pinned memory."""
+"""One NVIDIA GPU as the core sees it. Everything goes through torch's own CUDA runtime: its allocator, its streams, its pinned memory, its graphs.
+
+Steps are computed on the current stream. What they read from the host comes over a stream of its own, so that the inputs of a step travel while the
+one before it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from xllm_core.plugins import ConfigError, DeviceFacts, MemoryInfo
+from xllm_core.plugins import ConfigError, DeviceFacts, MemoryInfo, NotCapturableError
+from xllm_cuda.graphs import CudaGraph, GraphRecorder
 from xllm_cuda.probe import MIN_CAPABILITY
 
 
 class CudaDevice:
-    """`DeviceBackend`. Build and use it on one thread: CUDA's current device belongs to a thread, and kernels are launched there.
+    """`GraphDevice`. Build and use it on one thread: CUDA's current device belongs to a thread, and kernels are launched there.
 
     index: as CUDA counts visible devices.
     """
@@ -34,6 +39,9 @@ class CudaDevice:
         self._device = torch.device("cuda", index)
         self._name = torch.cuda.get_device_name(index)
         torch.cuda.set_device(self._device)
+        self._copies = torch.cuda.Stream(self._device)
+        self._arrived = torch.cuda.Event()
+        self._recorder = GraphRecorder(self._device)
 
     def facts(self) -> DeviceFacts:
         """bfloat16 first. Rows are not invariant: cuBLAS chooses its order of summation by the number of rows."""
@@ -73,15 +81,31 @@ class CudaDevice:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        """Copied to a pinned place of its own, and from there by the GPU on the current stream, while the host goes on.
+        """Copied to a pinned place of its own, and from there by the GPU on the stream for copies, while the host goes on and earlier work runs.
 
-        The caller may write to `host` at once, also where it is pinned: torch keeps the place in between until the GPU has read it.
+        The current stream waits for it. The caller may write to `host` at once, also where it is pinned: torch keeps the place in between until
+        the GPU has read it. Raises NotCapturableError while a graph is recorded, which would copy from that place ever after.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise NotCapturableError(
+                f"a host tensor of shape {tuple(host.shape)} is copied to the device within the forward; a replay would copy the same values again"
+            )
         staged = torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host)
-        return staged.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            there = staged.to(self._device, non_blocking=True)
+        self._arrived.record(self._copies)
+        current.wait_event(self._arrived)  # as it is now: that it is recorded again for the next copy changes nothing
+        there.record_stream(current)  # its memory is the copies' again only when the current stream is done with it
+        return there
+
+    def capture(self, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[CudaGraph, torch.Tensor]:
+        """By CUDA's stream capture; as the contract says."""
+        return self._recorder.capture(run, max_rows)
 
     def synchronize(self) -> None:
-        """Wait for the current stream."""
+        """Wait for the copies and for the current stream."""
+        self._copies.synchronize()
         torch.cuda.current_stream(self._device).synchronize()
 
     def num_threads(self) -> int:

@@ -16,7 +16,7 @@ TRITON = "3.7"
 """Release of triton that the kernels were compiled and checked with; it is the one that torch 2.13 is built for."""
 
 MIN_CAPABILITY = (8, 0)
-_LIBCUDA = "libcuda.so.1"
+LIBCUDA = "libcuda.so.1"
 
 
 def probe() -> str | None:
@@ -43,10 +43,10 @@ def _missing() -> Iterator[str]:
 def _missing_driver() -> str:
     """The driver is a library that comes with the kernel module, never with pip."""
     try:
-        driver = ctypes.CDLL(_LIBCUDA)
+        driver = ctypes.CDLL(LIBCUDA)
     except OSError:
         return (
-            f"no NVIDIA driver: {_LIBCUDA} is not found; install the driver (Ubuntu: sudo ubuntu-drivers install), and in a "
+            f"no NVIDIA driver: {LIBCUDA} is not found; install the driver (Ubuntu: sudo ubuntu-drivers install), and in a "
             "container start it with --gpus all"
         )
     if status := driver.cuInit(0):

@@ -8,6 +8,8 @@ MAX_HEAD_SIZE = 256
 MAX_GROUP = 128
 WIDE_SPLITS = 16
 """A split of a wide tile is so many times that of a narrow one: it has work for a whole processor in its queries."""
+GRAPH_PROGRAMS = 2048
+"""Of a launch whose grid cannot change, at most: more than any chip runs at once, and few enough that those which find nothing cost little."""
 
 
 def next_power_of_2(number: int) -> int:

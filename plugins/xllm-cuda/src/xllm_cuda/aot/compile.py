@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from xllm_cuda import attention, ops, sampler
 
 _LAUNCHERS = {
-    attention: ("attend_tiles", "merge_splits"),
+    attention: ("attend_tiles", "merge_splits", "attend_in_place", "merge_in_place"),
     ops: ("rms_norm_rows", "add_rms_norm_rows", "rope_heads", "silu_mul_rows", "write_entries", "copy_rows"),
     sampler: ("sample_rows",),
 }

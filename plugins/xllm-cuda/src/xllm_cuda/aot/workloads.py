@@ -150,21 +150,22 @@ def _attention(shape: Shape, dtype: torch.dtype, caches: tuple[torch.Tensor, ...
     )  # fmt: skip
     kernel = TritonAttention(NoDevice(), geometry)
 
-    def attend(num_rows: int, num_queries: int) -> object:
+    def attend(num_rows: int, num_queries: int, *, in_place: bool = False) -> object:
         lens = torch.full((num_rows,), num_queries, dtype=torch.int32)
         starts = torch.arange(num_rows + 1, dtype=torch.int32) * num_queries
         tables = torch.zeros((num_rows, CONTEXT // BLOCK_SIZE), dtype=torch.int32)
         q = torch.empty((num_rows * num_queries, shape.num_heads, shape.head_size), dtype=dtype, device="meta")
-        plan = kernel.plan(BatchLayout(lens, torch.full_like(lens, CONTEXT), starts, tables))
+        layout = BatchLayout(lens, torch.full_like(lens, CONTEXT), starts, tables)
+        plan = kernel.graph_plan(*tables.shape) if in_place else kernel.plan(layout)
         kernel.run(q, KVSegments(own=(caches[0], caches[1])), plan, torch.empty_like(q))
         return None
 
     kv: Term = (2, CONTEXT, shape.num_kv_heads, shape.head_size, dtype.itemsize)
     q: Term = (2, shape.num_heads, shape.head_size, dtype.itemsize)
     scores: Term = (4, shape.num_heads, shape.head_size, CONTEXT)
-    yield Workload(
-        f"attention, {BATCH} decoding", lambda: attend(BATCH, 1), ((BATCH, *kv), (BATCH, *q)), ((BATCH, *scores),)
-    )
+    decode = ((BATCH, *kv), (BATCH, *q)), ((BATCH, *scores),)
+    yield Workload(f"attention, {BATCH} decoding", lambda: attend(BATCH, 1), *decode)
+    yield Workload(f"attention, {BATCH} decoding from a graph", lambda: attend(BATCH, 1, in_place=True), *decode)
     # Half of the scores of a causal prompt are computed: 2 for 4.
     yield Workload(
         f"attention, prompt of {CONTEXT}", lambda: attend(1, CONTEXT), (kv, (CONTEXT, *q)), ((CONTEXT, 2, *scores[1:]),)

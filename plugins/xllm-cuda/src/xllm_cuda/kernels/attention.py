@@ -1,4 +1,4 @@
-"""Paged ragged attention: one kernel for prompts, chunks and decode, and the merge of its splits.
+"""Paged ragged attention: one kernel for prompts, chunks and decode, and the merge of its splits; both also for launches whose grid cannot change.
 
 A tile is BLOCK_M rows of scores: BLOCK_Q = BLOCK_M // GROUP queries of one sequence times the GROUP heads that share a KV head, so that keys are
 read once for all of them. A program does one tile, one KV head and one split of the keys. Splits begin at multiples of SPLIT, whatever
@@ -29,10 +29,76 @@ def attend_tiles(
     soft cap. WINDOW: 0 for none.
     """
     entry = tiles + tl.program_id(0) * TILE_FIELDS
+    row_max, row_sum, acc = _attend(
+        q, k, v, entry, tables, scale, soft_cap,
+        stride_q_token, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
+        GROUP, HEAD_SIZE, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D, SPLIT, PRECISION,
+    )  # fmt: skip
+    if tl.load(entry + 7) < 0:
+        _store(
+            out, tl.load(entry + 1).to(tl.int64), tl.load(entry + 3), row_sum, acc, stride_out_token, stride_out_head,
+            GROUP, HEAD_SIZE, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _store_partial(partial_acc, partial_max, partial_sum, entry, row_max, row_sum, acc, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def attend_in_place(
+    q, k, v, out, header, tiles, tables, scale, soft_cap,
+    stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_block, stride_slot, stride_kv_head, stride_table,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `attend_tiles`, for a grid that stays as it is: programs take tiles in turn until there are no more.
+
+    header: [4] int64: number of tiles, then where partial_acc, partial_max and partial_sum are.
+    """
+    num_tiles = tl.load(header).to(tl.int32)
+    # What would be computed once for all tiles takes registers from each of them: it spilled.
+    for at in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
+        entry = tiles + at * TILE_FIELDS
+        row_max, row_sum, acc = _attend(
+            q, k, v, entry, tables, scale, soft_cap,
+            stride_q_token, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
+            GROUP, HEAD_SIZE, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D, SPLIT, PRECISION,
+        )  # fmt: skip
+        if tl.load(entry + 7) < 0:
+            _store(
+                out, tl.load(entry + 1).to(tl.int64), tl.load(entry + 3), row_sum, acc, stride_out_token, stride_out_head,
+                GROUP, HEAD_SIZE, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        else:
+            _store_partial(
+                _scratch(header + 1),
+                _scratch(header + 2),
+                _scratch(header + 3),
+                entry,
+                row_max,
+                row_sum,
+                acc,
+                BLOCK_M,
+                BLOCK_D,
+            )
+
+
+@triton.jit
+def _scratch(address):
+    """float32 at an address; allocations begin at multiples of 512."""
+    return tl.multiple_of(tl.load(address).to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def _attend(
+    q, k, v, entry, tables, scale, soft_cap, stride_q_token, stride_q_head, stride_block, stride_slot, stride_kv_head, stride_table,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile and split, one KV head: greatest score and sum of weights of each score row [BLOCK_M], weighted values [BLOCK_M, BLOCK_D]."""
     kv_head = tl.program_id(1)
     table_row, first_token = tl.load(entry), tl.load(entry + 1).to(tl.int64)
     first_position, num_queries = tl.load(entry + 2), tl.load(entry + 3)
-    split, first_key, num_keys, place = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+    split, first_key, num_keys = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -76,20 +142,37 @@ def attend_tiles(
         acc = acc * shrink[:, None] + tl.dot(weights.to(tile_v.dtype), tile_v, input_precision=PRECISION)
         row_max = new_max
 
-    if place < 0:
-        offsets = (first_token + query) * stride_out_token + head * stride_out_head
-        # Rows beyond the tile's queries saw nothing; they are not stored, and must not divide by zero.
-        normed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-        tl.store(
-            out + offsets[:, None] + d[None, :],
-            normed.to(out.dtype.element_ty),
-            mask=is_row[:, None] & is_element[None, :],
-        )
-    else:
-        rows = (place.to(tl.int64) * tl.num_programs(1) + kv_head) * BLOCK_M + m
-        tl.store(partial_acc + rows[:, None] * BLOCK_D + d[None, :], acc)
-        tl.store(partial_max + rows, row_max)
-        tl.store(partial_sum + rows, row_sum)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _store(
+    out, first_token, num_queries, row_sum, acc, stride_out_token, stride_out_head,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The result of a tile, or of all its splits."""
+    kv_head = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    query = m // GROUP
+    offsets = (first_token + query) * stride_out_token + (kv_head * GROUP + m % GROUP) * stride_out_head
+    mask = (query < num_queries)[:, None] & (d < HEAD_SIZE)[None, :]
+    # Rows beyond the tile's queries saw nothing; they are not stored, and must not divide by zero.
+    normed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    tl.store(out + offsets[:, None] + d[None, :], normed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_partial(
+    partial_acc, partial_max, partial_sum, entry, row_max, row_sum, acc, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """One split of a tile."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    rows = (tl.load(entry + 7).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M + m
+    tl.store(partial_acc + rows[:, None] * BLOCK_D + d[None, :], acc)
+    tl.store(partial_max + rows, row_max)
+    tl.store(partial_sum + rows, row_sum)
 
 
 @triton.jit
@@ -100,7 +183,32 @@ def merge_splits(
     """One program: all splits of one tile and one KV head, in order, weighted by their log-sum-exp. merges: [N, 4] int32: first token,
     number of queries, first place, number of places. A split in which a row sees nothing has the weight 0 and changes no bit.
     """
+    _merge(
+        out, merges + tl.program_id(0) * 4, partial_acc, partial_max, partial_sum, stride_out_token, stride_out_head,
+        GROUP, HEAD_SIZE, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_in_place(
+    out, header, merges, stride_out_token, stride_out_head,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """As `merge_splits`, after `attend_in_place`. An entry without queries is of a row with one split, or of none."""
     entry = merges + tl.program_id(0) * 4
+    if tl.load(entry + 1) > 0:
+        _merge(
+            out, entry, _scratch(header + 1), _scratch(header + 2), _scratch(header + 3), stride_out_token, stride_out_head,
+            GROUP, HEAD_SIZE, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    out, entry, partial_acc, partial_max, partial_sum, stride_out_token, stride_out_head,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All splits of one tile and one KV head."""
     kv_head = tl.program_id(1)
     first_token, num_queries = tl.load(entry).to(tl.int64), tl.load(entry + 1)
     first_place = tl.load(entry + 2).to(tl.int64)
@@ -119,8 +227,6 @@ def merge_splits(
         weight = tl.exp2(tl.load(partial_max + rows) - base)
         total += weight * tl.load(partial_sum + rows)
         acc += weight[:, None] * tl.load(partial_acc + rows[:, None] * BLOCK_D + d[None, :])
-    query = m // GROUP
-    offsets = (first_token + query) * stride_out_token + (kv_head * GROUP + m % GROUP) * stride_out_head
-    mask = (query < num_queries)[:, None] & (d < HEAD_SIZE)[None, :]
-    normed = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + offsets[:, None] + d[None, :], normed.to(out.dtype.element_ty), mask=mask)
+    _store(
+        out, first_token, num_queries, total, acc, stride_out_token, stride_out_head, GROUP, HEAD_SIZE, BLOCK_M, BLOCK_D
+    )  # fmt: skip

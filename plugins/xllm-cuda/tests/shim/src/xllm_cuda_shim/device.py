@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,8 +12,22 @@ from xllm_core.plugins import DeviceFacts, MemoryInfo
 TOTAL_BYTES = 8 << 30
 
 
+@dataclass(slots=True)
+class ShimGraph:
+    """Launches what was recorded again, over the same tensors: what a kernel reads from a plan, it reads from where the plan was recorded."""
+
+    run: Callable[[], torch.Tensor]
+    result: torch.Tensor
+    num_ops: int = 1
+    arena_bytes: int = 0
+
+    def replay(self, num_rows: int) -> None:
+        """All rows, padding too."""
+        self.result.copy_(self.run())
+
+
 class ShimDevice:
-    """`DeviceBackend` of kind "cuda" whose memory is the host's. No bfloat16: the interpreter computes it wrongly."""
+    """`GraphDevice` of kind "cuda" whose memory is the host's. No bfloat16: the interpreter computes it wrongly."""
 
     def __init__(self, index: int = 0) -> None:
         self._allocated_bytes = 0
@@ -46,6 +61,12 @@ class ShimDevice:
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """A copy, as a GPU makes one: what is written to `host` later is not seen."""
         return host.clone()
+
+    def capture(self, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[ShimGraph, torch.Tensor]:
+        """Twice, as the GPU needs it."""
+        run()
+        result = run()
+        return ShimGraph(run, result), result
 
     def synchronize(self) -> None:
         """Nothing is ever pending."""
