@@ -23,14 +23,15 @@ def op(op: str, *, name: str | None = None, device: str = "reference", **fields:
 
 
 def fused(*specs: OpSpec, **tables: Any) -> tuple[Mapping[str, Choice], dict[str, str]]:
-    """(fusions taken, name -> why another is not) over a plugin `p` with these ops."""
+    """(fusions taken, name -> why another is not) over a plugin `p` with these ops; the core's own fusion is left out."""
     module = SimpleNamespace(__name__="m", xllm_plugin=PluginInfo(id="p"), xllm_ops=hookimpl(lambda: specs))
     settings = Settings(**tables)
     resolver = Resolver(settings, PluginManager.discover(settings, extra=[module]))
     facts = resolver.device()[1]
     ops = {name: resolver.op(name, facts, "float32") for name in CORE_OPS}
     taken, unused = resolver.fusions(ops, facts, "float32")
-    return taken, dict(unused)
+    others = {name: choice for name, choice in taken.items() if choice.plugin != "core"}
+    return others, {name: why for name, why in unused if not name.startswith("core/")}
 
 
 ROPE = ("rope", "kv_write")

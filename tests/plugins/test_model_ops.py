@@ -62,8 +62,10 @@ def assembled(make_dist: Callable[..., Path], tmp_path: Path) -> Callable[..., A
 def test_what_a_family_asks_for_is_in_the_plan(assembled: Callable[..., Assembly]) -> None:
     """And nothing that no one asks for. Killed by: plans for the core's ops alone, or for all."""
     asked = assembled(device="core/reference").plan
-    assert set(asked.ops) == {*CORE_OPS, "moe_experts"} and asked.ops["moe_experts"].name == "core/moe_experts"
-    assert set(assembled(device="core/reference", model="core/llama").plan.ops) == set(CORE_OPS)
+    assert (
+        set(asked.ops) == {*CORE_OPS, "lm_head", "moe_experts"} and asked.ops["moe_experts"].name == "core/moe_experts"
+    )
+    assert set(assembled(device="core/reference", model="core/llama").plan.ops) == {*CORE_OPS, "lm_head"}
 
 
 def test_a_device_without_it_serves_other_models(assembled: Callable[..., Assembly]) -> None:

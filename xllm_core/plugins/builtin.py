@@ -45,9 +45,12 @@ def xllm_ops() -> Iterable[OpSpec]:
     checks = {"moe_experts": "xllm_core.reference.ops:lacks_grouped_mm"}
     for op, target in REFERENCE_OPS.items():
         yield OpSpec(
-            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, replaces=CORE_FUSIONS.get(op, ()),
-            summary="the reference",
+            name=op, op=op, target=target, check=checks.get(op), devices=_REFERENCE, dtypes=_DTYPES, summary="the reference",
         )  # fmt: skip
+    yield OpSpec(  # the one fusion that it has a use for: other results, not only faster ones
+        name="lm_head", op="lm_head", target="xllm_core.reference.ops:LmHead", devices=_REFERENCE, dtypes=_DTYPES,
+        replaces=CORE_FUSIONS["lm_head"], summary="the reference",
+    )  # fmt: skip
 
 
 @hookimpl

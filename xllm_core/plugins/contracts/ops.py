@@ -75,9 +75,9 @@ QUANTIZED_OPS: Mapping[str, tuple[str, ...]] = {
 
 REFERENCE_OPS = {
     op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
-    for op in (*CORE_OPS, *MODEL_OPS, "lm_head", "linear_int8", "lm_head_int8")
+    for op in (*CORE_OPS, *MODEL_OPS, "linear_int8", "lm_head_int8")
 }
-"""Targets of the definitions, and of the one fusion that the reference has a use for itself.
+"""Targets of the definitions, fusions left out.
 
 They compute with torch on whatever device their tensors are: a new device offers them until it has its own.
 """
