@@ -141,7 +141,9 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 def why_no_graphs(device: DeviceBackend, kernels: Mapping[str, AttentionKernel]) -> str:
     """Why steps cannot be replayed here, or ""."""
-    if not isinstance(device, GraphDevice):
+    if not hasattr(device, "capture"):
         return f"{device.facts().name} records no graphs"
-    lacking = [group for group, kernel in kernels.items() if not isinstance(kernel, GraphKernel)]
+    lacking = [
+        group for group, kernel in kernels.items() if not (hasattr(kernel, "graph_plan") and hasattr(kernel, "refill"))
+    ]
     return f"the attention kernel of KV group {lacking[0]!r} has no plans that stay in place" if lacking else ""
