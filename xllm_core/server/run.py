@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -142,6 +143,7 @@ class _Life:
                 start.cancel()
                 return 128 + signalled.result() if signalled.done() else 1
             self._announce(await start, url, time.perf_counter() - started_s)
+            gc.freeze()  # what the start has made stays: collections between two tokens need not look through it
             died = asyncio.create_task(self._serving.death.wait())
             await asyncio.wait((died, signalled, http), return_when=asyncio.FIRST_COMPLETED)
             if died.done():
