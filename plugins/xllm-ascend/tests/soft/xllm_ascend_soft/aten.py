@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.library import Library, get_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from xllm_ascend_soft.build import RUNTIME
@@ -16,7 +17,7 @@ _KEPT = frozenset({
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "record_stream", "is_pinned", "_pin_memory",
     "_local_scalar_dense", "_copy_from_and_resize", "_copy_from", "_to_copy", "lift_fresh", "_has_compatible_shallow_copy_type", "is_set_to",
 })  # fmt: skip
-_libraries: list[torch.library.Library] = []
+_libraries: list[Library] = []
 _runtime = ctypes.CDLL(RUNTIME)
 
 
@@ -40,7 +41,7 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def install() -> int:
     """Give every operator of aten that torch_npu has a kernel for the CPU's numbers; returns how many."""
-    library = torch.library.Library("aten", "IMPL")
+    library = Library("aten", "IMPL")
     _libraries.append(library)
     count = 0
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
@@ -97,7 +98,7 @@ def _computed(overload: Any) -> Callable[..., Any]:
 
 
 def _copy(overload: Any) -> Callable[..., Any]:
-    original = torch.library.get_kernel(overload, "PrivateUse1")
+    original = get_kernel(overload, "PrivateUse1")
 
     def kernel(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """Between host and device torch_npu's own way, where it is a plain copy of bytes; else the device would compute."""

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.library import Library, get_kernel
 
 from xllm_ascend_soft.aten import host_view
 
-_library: list[torch.library.Library] = []
+_library: list[Library] = []
 
 
 def install() -> None:
     """Put numbers behind the operators below."""
-    library = torch.library.Library("npu", "IMPL")
+    library = Library("npu", "IMPL")
     _library.append(library)
     for function in (
         npu_rms_norm,
@@ -32,10 +33,10 @@ def install() -> None:
         _register(library, function)
 
 
-def _register(library: torch.library.Library, numbers: Callable[..., tuple[torch.Tensor, ...] | None]) -> None:
+def _register(library: Library, numbers: Callable[..., tuple[torch.Tensor, ...] | None]) -> None:
     name = numbers.__name__
     overload = getattr(torch.ops.npu, name).default
-    host_code = torch.library.get_kernel(overload, "PrivateUse1")
+    host_code = get_kernel(overload, "PrivateUse1")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
     names = [argument.name for argument in overload._schema.arguments]
     defaults = {
