@@ -147,7 +147,7 @@ def test_why_tells() -> None:
             "linear by linear_int8",
             "lm_head by lm_head_int8",
         ),
-        None: ("quantization: none is used",),
+        None: ("quantization: none is used", "offered  core/int8"),
     }.items():
         made = Settings.from_flags(device=DEVICE, quantization=name)
         text = why("quantization", made, PluginManager.discover(made))

@@ -386,7 +386,7 @@ def test_a_target_that_cannot_be_imported_names_everything(install: Install) -> 
         ("device", ["chosen   good/toy", "rejected core/reference  not asked: good/toy comes first"]),
         ("scheduler", ["chosen   core/fcfs", "eligible core/priority", "eligible good/lifo"]),
         ("observers", ["rejected core/log  active only when listed"]),
-        ("kv_store", ["kv_store: none is used"]),
+        ("kv_store", ["kv_store: none is used", "offered  good/host", "offered  core/host"]),
         ("model", ["offered  good/toy  ToyForCausalLM"]),
         ("logits_processors", ["active   good/ban", "active   core/penalties"]),
         ("weight_format", ["offered  core/hub"]),

@@ -13,7 +13,7 @@ from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS, QUANTIZED_OPS
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import Choice
 from xllm_core.plugins.resolve import Resolver, assemble, describe_geometry
-from xllm_core.plugins.select import narrowed
+from xllm_core.plugins.select import HOOK_OF_KIND, narrowed
 
 FEATURES: Mapping[str, Any] = {"sliding_window": 4096, "soft_cap": 50.0}
 """What attention can be asked for beyond its heads, and the value that stands in the question where only the feature matters."""
@@ -84,7 +84,7 @@ def _with_model(kind: str, settings: Settings, manager: PluginManager) -> list[s
     lines += _unused(kind, plan.unused_fusions)
     if not lines and kind == f"model.{plan.architecture}":
         return ["model", *block(plan.model)]
-    return lines or ([_none_chosen(kind)] if kind in _MAY_BE_ABSENT else [])
+    return lines or (_none_chosen(kind, manager) if kind in _MAY_BE_ABSENT else [])
 
 
 def _without_model(kind: str, settings: Settings, manager: PluginManager, shape: Shape | None) -> list[str]:
@@ -104,7 +104,7 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
         return lines + [f"  rejected {name}  {reason}" for name, reason in rejected]
     if base in ("scheduler", "kv_store"):
         picked = resolver.scheduler() if base == "scheduler" else resolver.kv_store()
-        return [base, *block(picked)] if picked else [_none_chosen(kind)]
+        return [base, *block(picked)] if picked else _none_chosen(kind, manager)
     device, facts = resolver.device()
     if base == "device":
         return [f"device: {facts.name}", *block(device)]
@@ -113,7 +113,7 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
         format_, replaced, _ = resolver.quantization(facts, dtype)
         here = {offer.spec.op for offer in resolver.offers("op") if facts.kind in offer.spec.devices}
         by = {plain: name for plain, name in replaced.items() if name in here}
-        return _quantized(format_, by) if format_ else [_none_chosen(kind)]
+        return _quantized(format_, by) if format_ else _none_chosen(kind, manager)
     if base == "sampler":
         return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":
@@ -147,8 +147,13 @@ def _quantized(choice: Choice, ops: Mapping[str, str]) -> list[str]:
     return ["quantization", *block(choice), *(f"  {plain} by {name}" for plain, name in ops.items())]
 
 
-def _none_chosen(kind: str) -> str:
-    return f"{kind}: none is used; name one in [use] {kind}"
+def _none_chosen(kind: str, manager: PluginManager) -> list[str]:
+    """What could be named."""
+    offers = manager.offers(HOOK_OF_KIND[kind])
+    return [
+        f"{kind}: none is used; name one in [use] {kind}",
+        *(f"  offered  {o.name}  {o.spec.summary}" for o in offers),
+    ]
 
 
 def _joined(pairs: Iterable[tuple[str, Choice]]) -> list[str]:
