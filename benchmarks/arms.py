@@ -76,6 +76,7 @@ def main() -> None:
             "ttft_ms": [round(1e3 * t, 2) for t in sorted(result.ttft_s)],
             "early_share": round(early_share(result.records), 4), "step_ms": step_split(result.records),
             "replayed_share": round(sum(r.is_replayed for r in result.records) / max(1, len(result.records)), 4), "device": info.device,
+            "model": info.model,
         }  # fmt: skip
         print(json.dumps(answer), flush=True)
     processor.client.close()
