@@ -53,7 +53,7 @@ class _AnsweringTransport:
 
 
 class ServerProtocol(H11Protocol):
-    """One connection. Its transport stands in `scope["state"]["transport"]`, for whoever has to cut it.
+    """One connection. Its transport stands in `scope["state"]["transport"]`, for whoever has to cut it, and its `FlowControl` in "flow".
 
     Bind limits with `limited`: uvicorn makes instances itself.
     """
@@ -66,7 +66,7 @@ class ServerProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count it, and give it a time for its first request."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "transport": transport}
+        self.app_state = {**self.app_state, "transport": transport, "flow": self.flow}
         self._deadline: asyncio.TimerHandle | None = None
         self._unsent_check: asyncio.TimerHandle | None = None
         self._is_ending = False
