@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xllm_core import __version__
+from xllm_core.engine.engine import Engine
 from xllm_core.engine.metrics import early_share
 from xllm_core.frontend.processor import Processor
 from xllm_core.plugins.contracts.observer import StepRecord
@@ -43,7 +44,7 @@ class Result:
 def run_round(processor: Processor, load: Load, *, name: str = "round", show: bool | None = None) -> Result:
     """Submit everything at once and run it to its end."""
     engine = processor.client
-    step_log = _engine(processor).step_log
+    step_log = engine_of(processor).step_log
     chance = random.Random(load.seed)
     vocab = engine.info().vocab_size
     params = SamplingParams(max_tokens=load.output_len, temperature=load.temperature, ignore_eos=True)
@@ -144,7 +145,8 @@ def _ms(values: Sequence[float], q: float) -> float:
     return round(quantile(values, q) * 1e3, 3)
 
 
-def _engine(processor: Processor) -> Any:
+def engine_of(processor: Processor) -> Engine:
+    """The engine behind a processor of this process."""
     from xllm_core.frontend.client import InProcessClient
 
     assert isinstance(processor.client, InProcessClient)
