@@ -133,7 +133,4 @@ def choose(wanted: str | None) -> list[Engine]:
     known = {engine.name for engine in ENGINES} | {engine.maker for engine in ENGINES}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no engine {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    by_name = {engine.name for engine in ENGINES}
-    # "xllm" and "vllm" are both: alone they stand for everything of that maker.
-    makers = {name for name in names if name not in by_name or name in ("xllm", "vllm", "openvino")}
-    return [engine for engine in ENGINES if engine.name in names or engine.maker in makers]
+    return [engine for engine in ENGINES if engine.name in names or engine.maker in names]

