@@ -75,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"SmolLM2-135M on {found['conditions']['cpu']}, {found['conditions']['cores']} cores, {time.strftime('%Y-%m-%d')}"
     print("\n".join(("", title, "", *table.render(measured))))
     if args.quick:
-        print("--quick: short loads that show that every engine runs; limits and targets mean nothing here")
+        print(
+            "--quick: short loads, to see every engine run; limits and targets are of the long ones and are not shown"
+        )
+    else:
+        print("\n".join(table.verdicts(measured)))
     if measured.rows:
         plot.draw(measured, title, stamp.with_suffix(".png"))
     print(f"written to {stamp}.json and .png; what the engines said is in {logs}")

@@ -88,11 +88,12 @@ CLAIMS = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a claim. spread: None where it could not be measured, with the reason."""
+    """What came of a claim. spread: None where it could not be measured, with the reason. is_disturbed: there was no clean round."""
 
     claim: Claim
     spread: Spread | None
     reason: str = ""
+    is_disturbed: bool = False
 
     @property
     def is_met(self) -> bool:
@@ -153,26 +154,30 @@ class Measured:
         """Of one claim."""
         for engine in (claim.ours, claim.theirs):
             if engine and not self.of(claim.workload, engine):
-                return Verdict(claim, None, f"{engine}: {self.absent.get(engine, 'not measured in this run')}")
+                return Verdict(
+                    claim, None, f"{engine} is absent" if engine in self.absent else f"{engine} was not asked for"
+                )
         if claim.theirs:
             found = self.ratio(claim.workload, claim.ours, claim.theirs, claim.of)
         elif claim.of == "share":
             found = self.share(claim.workload, claim.ours)
         else:
             found = self.spread(claim.workload, claim.ours, claim.of)
-        return Verdict(claim, found, "" if found else "no round has the figure")
+        num, total = self.num_disturbed(claim.workload)
+        return Verdict(claim, found, "" if found else "no round has the figure", is_disturbed=num == total)
 
     def as_json(self) -> dict[str, Any]:
         """Every row, and what was made of them."""
-        verdicts = [self.verdict(claim) for claim in CLAIMS]
         return {
-            "verdicts": [
-                {**asdict(v.claim), "spread": asdict(v.spread) if v.spread else None, "verdict": v.word, "reason": v.reason}
-                for v in verdicts
-            ],
+            "verdicts": [_plain(self.verdict(claim)) for claim in CLAIMS],
             "absent": self.absent,
             "rows": [asdict(row) for row in self.rows],
-        }  # fmt: skip
+        }
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    plain = asdict(verdict)
+    return {**plain.pop("claim"), **plain, "verdict": verdict.word}
 
 
 def spread(values: Sequence[float], over: Sequence[float] | None = None) -> Spread | None:

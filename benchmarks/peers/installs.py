@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -30,13 +31,15 @@ class AbsentError(Exception):
 def install(peer: str, folder: Path) -> Path:
     """The environment of a peer below `folder`, made if it is not there. Raises AbsentError."""
     home = folder / f"peer-{peer}"
-    stamp, wanted = home / "ready.txt", _PINS[peer]
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return home
-    print(f"{peer}: making {home} (once)", flush=True)
-    home.mkdir(parents=True, exist_ok=True)
-    _MAKERS[peer](home)
-    stamp.write_text(wanted)
+    asked, ready, wanted = home / "pins.txt", home / "ready", _PINS[peer]
+    if not asked.is_file() or asked.read_text() != wanted:
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        asked.write_text(wanted)
+    if not ready.is_file():
+        print(f"{peer}: making {home} (once)", flush=True)
+        _MAKERS[peer](home)
+        ready.touch()
     return home
 
 
@@ -145,19 +148,24 @@ def run_step(peer: str, what: str, command: Sequence[str], home: Path) -> None:
         try:
             process = subprocess.Popen(
                 [*nice, *command], cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace",
+                errors="replace", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             raise AbsentError(f"{what}: {error}") from error
-        assert process.stdout is not None
         lines: list[str] = []
-        for line in process.stdout:
-            kept.write(line)
-            lines = [*lines[-_LOG_LINES:], line.strip()]
-            if found := _NINJA.match(line):
-                bar.total, bar.n = int(found[2]), int(found[1])
-            bar.refresh()
-        status = process.wait()
+        try:
+            for line in process.stdout or ():
+                kept.write(line)
+                lines = [*lines[-_LOG_LINES:], line.strip()]
+                if found := _NINJA.match(line):
+                    bar.total, bar.n = int(found[2]), int(found[1])
+                bar.refresh()
+        finally:  # the compilers too, when this is interrupted
+            if sys.exc_info()[0] is not None:
+                os.killpg(process.pid, signal.SIGTERM)
+            status = process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
     if status:
         raise AbsentError(f"{what} failed with status {status}: {' | '.join(lines)[-600:]} (all of it: {log})")
     print(f"{peer}: done in {time.monotonic() - started_s:.0f} s", flush=True)

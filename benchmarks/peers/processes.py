@@ -84,6 +84,8 @@ class Running:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         self._guard.tell("drop", self.pid)
 
     def tail(self, num_lines: int = 4) -> str:

@@ -18,13 +18,17 @@ _AGAINST = {engine.name: engine.against for engine in ENGINES}
 
 
 def render(measured: Measured) -> list[str]:
-    """All lines."""
+    """All blocks, then who is absent."""
     lines: list[str] = []
     for name in TITLES:
         if measured.engines(name):
             lines += [*block(measured, name), ""]
-    lines += [f"absent  {engine}: {reason}" for engine, reason in measured.absent.items()]
-    return lines + [verdict_line(measured.verdict(claim)) for claim in CLAIMS]
+    return lines + [f"absent  {engine}: {reason}" for engine, reason in measured.absent.items()]
+
+
+def verdicts(measured: Measured) -> list[str]:
+    """A line per target; of workloads that were not asked for, none."""
+    return [verdict_line(measured.verdict(claim)) for claim in CLAIMS if measured.engines(claim.workload)]
 
 
 def block(measured: Measured, workload: str) -> list[str]:
@@ -56,7 +60,8 @@ def verdict_line(verdict: Verdict) -> str:
     what += {"value": "", "share": ", share of the limit", "ttft_p50_ms": ", time to first token p50"}[claim.of]
     end = "lower end" if claim.must == "at least" else "upper end"
     found = str(verdict.spread) if verdict.spread else verdict.reason
-    return f"{verdict.word:<6}  {what}: {found} (target: {end} {claim.must} {claim.target:g})"
+    doubt = "; every round was disturbed" if verdict.is_disturbed else ""
+    return f"{verdict.word:<6}  {what}: {found} (target: {end} {claim.must} {claim.target:g}){doubt}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
