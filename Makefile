@@ -113,7 +113,7 @@ nightly: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OW
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) -m benchmarks.run $(ARGS)
 
-bench-peers: setup ## our engine beside vLLM, llama.cpp and OpenVINO, each in an environment of its own (PEERS_DIR); an hour and more
+bench-peers: setup ## our engine beside vLLM, llama.cpp and OpenVINO, each in an environment of its own (PEERS_DIR); about an hour
 	@$(RUN) -m benchmarks.peers $(ARGS)
 bench-peers: export PEERS_DIR := $(PEERS_DIR)
 bench-peers: export PIP_ARGS := $(PIP_ARGS)

@@ -90,7 +90,7 @@ def _vllm_env(places: Places) -> dict[str, str | None]:
     return {
         "LD_PRELOAD": ":".join(str(path) for path in preloads if path is not None) or None,
         "VLLM_CPU_KVCACHE_SPACE": str(pins.VLLM_KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": f"0-{_cores() - 1}", "VLLM_CACHE_ROOT": str(home / "cache"),
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": None,
+        "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": None,
     }  # fmt: skip
 
 

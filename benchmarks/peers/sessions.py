@@ -20,7 +20,7 @@ from xllm_core.loadgen.client import LoadClient, Target
 from xllm_core.loadgen.runner import Run, run_load
 from xllm_core.loadgen.workload import Ask, Prompts
 
-START_LIMIT_S = 600.0
+START_LIMIT_S = 900.0
 """vLLM compiles the model when it starts; on two busy cores that takes minutes."""
 
 _POLL_S = 0.01
@@ -81,13 +81,17 @@ class EngineSession:
         prefix = ((0, shape.prefix_len),) if shape.prefix_len else ()
         prompts, first = (Prompts(prefix_seed, 1000, 40_000), seed) if prefix else (Prompts(seed, 1000, 40_000), 0)
         asks = [Ask(first + i, shape.input_len, shape.output_len, prefix=prefix) for i in range(shape.num_requests)]
-        target = Target(url=self._url, model="model", extra={"ignore_eos": True})
+        # A connection per request, for all: llama-server closes one that it has kept for a while, in the face of the next request.
+        headers, extra = {"Connection": "close"}, {"ignore_eos": True}
+        target = Target(url=self._url, model="model", headers=headers, extra=extra)
         async with LoadClient(target) as client:
             clients = shape.num_clients or shape.num_requests
             run = await run_load(client, asks, prompts, num_clients=clients, show=False)
         return self._answer(run, shape)
 
     def _answer(self, run: Run, shape: Shape) -> Answer:
+        if run.is_interrupted:  # the client has taken Ctrl-C for a wish to keep what there is
+            raise KeyboardInterrupt
         for sample in run.samples:
             if sample.outcome != "ok" or sample.output_tokens != shape.output_len:
                 got = sample.message or f"{sample.output_tokens} new tokens instead of {shape.output_len}"

@@ -31,6 +31,7 @@ from xllm_core.benchmark import Load, run_round
 from xllm_core.cli import root
 from xllm_core.config import Settings
 from xllm_core.frontend.start import start_in_process
+from xllm_core.plugins.contracts.weights import TokenizerFiles
 from xllm_core.runtime.formats.gguf_file import GGUFCheckpoint
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
 
@@ -331,7 +332,8 @@ def test_models_of_the_peers_hold_the_same_weights(tmp_path: Path) -> None:
     make_tiny("llama", source)
     packed = make_tiny_gguf(source, tmp_path / "m.gguf", kind_of=lambda name: Kind.Q4_1 if "mlp" in name else Kind.F32)
     models.write_gguf(packed, tmp_path / "f16.gguf")
-    models.write_directory(packed, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    models.write_weights(GGUFCheckpoint(packed), tmp_path / "out")
     true, half = GGUFCheckpoint(packed), GGUFCheckpoint(tmp_path / "f16.gguf")
     directory = SafetensorsDirectory().open(tmp_path / "out")
     assert directory is not None
@@ -341,7 +343,18 @@ def test_models_of_the_peers_hold_the_same_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(half.read(name).float(), true.read(name).float(), rtol=1e-3, atol=1e-4)
     assert {info.dtype for name, info in half.tensors().items() if "mlp" in name} == {"float16"}
     assert directory.config["rope_theta"] == true.config["rope_parameters"]["rope_theta"]
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_the_tokenizer_is_the_one_that_our_loader_makes(tmp_path: Path) -> None:
+    (tmp_path / "made.json").write_text("{}")
+    files = TokenizerFiles(None, lambda: tmp_path / "made.json", "template", (2,), bos_token="<s>", eos_token="</s>")
+    (tmp_path / "out").mkdir()
+    models.write_tokenizer(files, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (told["eos_token"], told["chat_template"]) == ("</s>", "template")
+    with pytest.raises(AbsentError, match="no tokenizer"):
+        models.write_tokenizer(replace(files, convert=None), tmp_path / "out")
 
 
 def test_a_load_in_process_can_share_a_prefix(tmp_path: Path) -> None:
