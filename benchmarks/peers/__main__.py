@@ -55,14 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "arguments": vars(args) | {"engines": [engine.name for engine in args.engines]},
         "commit": commit(),
     }
-    found["conditions"] = conditions()
+    found |= {"conditions": conditions(), "pins": installs.PINS}
     status = 0
     with Bench(Places(homes, models.find(args.peers_dir / "peer-models")), logs, args.quiet_limit) as bench:
         bench.absent |= absent
 
         def keep() -> None:
             measured = Measured(bench.rows, bench.absent)
-            text = json.dumps({**found, "commands": bench.commands, **measured.as_json()}, indent=1, default=str)
+            text = json.dumps(
+                {**found, "started_with": bench.started_with, **measured.as_json()}, indent=1, default=str
+            )
             stamp.with_suffix(".json").write_text(text)
 
         try:

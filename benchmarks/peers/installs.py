@@ -31,7 +31,7 @@ class AbsentError(Exception):
 def install(peer: str, folder: Path) -> Path:
     """The environment of a peer below `folder`, made if it is not there. Raises AbsentError."""
     home = folder / f"peer-{peer}"
-    asked, ready, wanted = home / "pins.txt", home / "ready", _PINS[peer]
+    asked, ready, wanted = home / "pins.txt", home / "ready", PINS[peer]
     if not asked.is_file() or asked.read_text() != wanted:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
@@ -172,7 +172,7 @@ def run_step(peer: str, what: str, command: Sequence[str], home: Path) -> None:
 
 
 _MAKERS: dict[str, Callable[[Path], None]] = {"vllm": _make_vllm, "openvino": _make_openvino, "llama": _make_llama}
-_PINS = {
+PINS = {
     "vllm": f"{pins.VLLM_TORCH} {pins.VLLM}",
     "openvino": " ".join(pins.OPENVINO),
     "llama": " ".join((pins.LLAMA, *pins.LLAMA_TARGETS, *pins.LLAMA_FLAGS)),

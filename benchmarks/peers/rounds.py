@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -36,7 +36,7 @@ class Bench:
     quiet_limit_s: float = 120.0
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
-    commands: dict[str, list[str]] = field(default_factory=dict)
+    started_with: dict[str, Any] = field(default_factory=dict)
     sessions: dict[str, EngineSession] = field(default_factory=dict)
     guard: Guard = field(default_factory=Guard)
     seed: int = field(default_factory=lambda: int(time.time()) % 100_000 * _MIX)
@@ -58,7 +58,7 @@ class Bench:
                     continue
                 before = read_use()
                 session = EngineSession(engine, self.places, self.guard, self.logs)
-                self.commands[engine.name] = session.command
+                self.started_with[engine.name] = session.started_with
                 try:
                     first_s = session.wait_first_token()
                 except AbsentError as error:
@@ -84,7 +84,7 @@ class Bench:
             tqdm.write(f"starting {engine.name}")
             session = EngineSession(engine, self.places, self.guard, self.logs)
             self.sessions[engine.name] = session
-            self.commands[engine.name] = session.command
+            self.started_with[engine.name] = session.started_with
             try:
                 tqdm.write(f"{engine.name} answers after {session.wait_first_token():.1f} s")
                 session.pause()

@@ -9,8 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from benchmarks.peers.engines import Engine, Places
 from benchmarks.peers.installs import AbsentError
@@ -28,17 +27,15 @@ _ONE = Shape(1, 16, 1)
 
 
 class EngineSession:
-    """One engine that runs. `with` ends it. first_token_s: from the start of its process. command: what it was started with."""
+    """One engine that runs. started_with: its command and what was set in its environment, for the record."""
 
     def __init__(self, engine: Engine, places: Places, guard: Guard, logs: Path) -> None:
         self.engine = engine
         is_http = engine.over == "http"
         places = Places(places.homes, places.models, free_port() if is_http else 0)
-        self.command = engine.command(places)
-        self.first_token_s = 0.0
-        self._running = Running(
-            self.command, logs / f"{engine.name}.log", guard, env=engine.env(places), has_pipes=not is_http
-        )
+        command, env = engine.command(places), engine.env(places)
+        self.started_with = {"command": command, "env": env}
+        self._running = Running(command, logs / f"{engine.name}.log", guard, env=env, has_pipes=not is_http)
         self._url = f"http://127.0.0.1:{places.port}" if is_http else ""
 
     def wait_first_token(self) -> float:
@@ -50,8 +47,7 @@ class EngineSession:
             self._first_chunk()
         else:
             self.play(_ONE, seed=1_000_000_007)
-        self.first_token_s = time.perf_counter() - self._running.started_s
-        return self.first_token_s
+        return time.perf_counter() - self._running.started_s
 
     @property
     def pid(self) -> int:
@@ -144,11 +140,3 @@ class EngineSession:
             raise AbsentError(f"it ended with status {status} before it was ready: {self._running.tail()}")
         if time.perf_counter() - self._running.started_s > START_LIMIT_S:
             raise AbsentError(f"it was not ready after {START_LIMIT_S:g} s: {self._running.tail()}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()

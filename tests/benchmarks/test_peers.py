@@ -320,7 +320,7 @@ def test_a_failed_installation_says_what_failed(tmp_path: Path, monkeypatch: pyt
     (home / "kept").touch()
     assert installs.install("llama", tmp_path) == home
     assert made == [home]
-    monkeypatch.setitem(installs._PINS, "llama", "another")
+    monkeypatch.setitem(installs.PINS, "llama", "another")
     installs.install("llama", tmp_path)
     assert made == [home, home]
     assert not (home / "kept").exists()
