@@ -113,6 +113,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where environments and models of the peers lie; PEERS_DIR, or .venvs",
     )  # fmt: skip
     args = parser.parse_args(arguments)
+    if not Path("/proc/stat").is_file():
+        parser.error("who uses the processor is read from /proc, which only Linux has")
     args.peers_dir = args.peers_dir.resolve()
     args.only = names if args.only is None else [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in args.only if name not in names]:
