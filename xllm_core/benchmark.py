@@ -22,13 +22,18 @@ from xllm_core.types import EngineRequest, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of the engine. Every request generates exactly `output_len` tokens."""
+    """What is asked of the engine. Every request generates exactly `output_len` tokens.
+
+    prefix_len: so many of the `input_len` tokens follow from `prefix_seed` alone; they are the same in all requests of all such loads.
+    """
 
     num_prompts: int = 32
     input_len: int = 128
     output_len: int = 128
     temperature: float = 0.0
     seed: int = 0
+    prefix_len: int = 0
+    prefix_seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +53,12 @@ def run_round(processor: Processor, load: Load, *, name: str = "round", show: bo
     chance = random.Random(load.seed)
     vocab = engine.info().vocab_size
     params = SamplingParams(max_tokens=load.output_len, temperature=load.temperature, ignore_eos=True)
+    shared = random.Random(f"prefix {load.prefix_seed}")
+    prefix = tuple(shared.randrange(vocab) for _ in range(load.prefix_len))
     step_log.records.clear()
     started_s = time.perf_counter()
     for i in range(load.num_prompts):
-        prompt = tuple(chance.randrange(vocab) for _ in range(load.input_len))
+        prompt = prefix + tuple(chance.randrange(vocab) for _ in range(load.input_len - load.prefix_len))
         engine.submit(EngineRequest(f"{name}-{i}", prompt, params, seed=load.seed + i))
     first: dict[str, float] = {}
     last: dict[str, float] = {}
