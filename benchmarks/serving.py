@@ -144,7 +144,7 @@ class Server:
         ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.name = "model"
+        self.name, self.pid = "model", self._process.pid
         self.url = ""
 
     def wait_live(self) -> float:

