@@ -296,3 +296,11 @@ def test_unix_socket(tiny_model: str, tmp_path: Path) -> None:
         second = run_serve(tiny_model, "--uds", str(path))
         assert second.returncode == 1 and "another server listens there" in second.stderr
         assert server.stop() == 0 and not path.exists()
+
+
+def test_the_models_file_is_let_go(demo_model: str, tmp_path: Path) -> None:
+    """Weights that took another form need it no more: it would stay in memory beside them. Mutation: no collection before freezing."""
+    with serving(demo_model, tmp_path / "log.txt", "--dtype", "bfloat16", "--num-blocks", "64") as running:
+        (engine,) = running.engine_pids
+        mapped = Path(f"/proc/{engine}/maps").read_text()
+    assert "libtorch" in mapped and ".gguf" not in mapped
