@@ -22,6 +22,7 @@ namespace {
 constexpr int CHUNK = 64;    // positions whose keys and values are packed at a time; a multiple of NR for every instruction set
 constexpr int SPLIT = 256;   // positions of one partial result
 constexpr int QUERIES = 96;  // rows of one task, at most: tokens times the heads of the group
+constexpr int FEW = 4;       // queries of one KV head
 constexpr int ALL = -1;      // a task of all KV heads
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 static_assert(CHUNK % NR == 0 && SPLIT % CHUNK == 0);
@@ -33,7 +34,7 @@ inline int tokens_of_all(int group) { return std::max(1, MAX_MR / group); }
 
 // Partial or whole result of n queries: greatest score, sum of weights, weighted values [n][width].
 struct State {
-  std::vector<float> top, total, value;
+  Lines<float> top, total, value;
   void reset(int n, int64_t width) {
     top.assign(static_cast<size_t>(n), NONE);
     total.assign(static_cast<size_t>(n), 0.0f);
@@ -43,8 +44,8 @@ struct State {
 
 // Buffers stay with the thread from call to call.
 template <class E> struct Buffers {
-  std::vector<typename E::T> queries, keys, values, weights;
-  std::vector<float> scores;
+  Lines<typename E::T> queries, keys, values, weights;
+  Lines<float> scores;
   State part, whole;
 };
 
@@ -59,10 +60,13 @@ template <class E> struct Worker {
   const Layer& call;
   const int group, head_size;
   const int64_t key_steps, value_panels, width, q_width;  // width: head_size in whole panels
-  std::vector<T>&queries, &keys, &values, &weights;
-  std::vector<float>& scores;
+  Lines<T>&queries, &keys, &values, &weights;
+  Lines<float>& scores;
   State &part, &whole;
   // of the task at hand; its queries lie head by head, and of each KV head token by token
+  int64_t ahead[CHUNK];  // elements from the start of the cache: positions of the next chunk
+  int num_ahead = 0, next_ahead = 0;
+  bool is_ahead = false;  // the chunk that comes next was asked for
   int row = 0, kv_head = 0, num_kv_heads = 1, first = 0, tokens = 0, per_head = 0, num_queries = 0, past = 0;
 
   Worker(const Layer& c, Buffers<E>& b)
@@ -116,31 +120,58 @@ template <class E> struct Worker {
     }
   }
 
+  int64_t bytes_of_all() const { return num_kv_heads * head_size * static_cast<int64_t>(sizeof(T)); }
+
   // Read every line of a chunk of all heads once, in the order of memory: the processor then reads ahead. Packing takes the heads one by one and
-  // would wait for each line; prefetches by the hundred are dropped.
+  // would wait for each line.
   void touch(int start, int from, int to) const {
-    const int64_t num_bytes = num_kv_heads * head_size * static_cast<int64_t>(sizeof(T));
     for (const void* cache : {call.k, call.v})
       each_slot(kv_head, start, from, to, [&](int, int64_t offset) {
         const auto* line = reinterpret_cast<const volatile char*>(static_cast<const T*>(cache) + offset);
-        for (int64_t at = 0; at < num_bytes; at += 64) (void)line[at];
+        for (int64_t at = 0; at < bytes_of_all(); at += 64) (void)line[at];
       });
   }
 
-  // Keys and values of positions `from` to `to` of the chunk at `start`, packed; what lies outside may never have been written and is zero here.
-  void pack(int head, int start, int from, int to) {
-    const T* from_k[CHUNK] = {};
-    const T* from_v[CHUNK] = {};
+  // The next chunk of all heads is asked for a position at a time, between tiles of this one: by the hundred, prefetches would be dropped.
+  void look_ahead(int start, int from, int to) {
+    num_ahead = next_ahead = 0;
+    if (num_kv_heads > 1) each_slot(kv_head, start, from, to, [&](int, int64_t offset) { ahead[num_ahead++] = offset; });
+  }
+  void fetch_ahead() {
+#if defined(__AVX512F__)
+    if (next_ahead == num_ahead) return;
+    const int64_t offset = ahead[next_ahead++];
+    for (const void* cache : {call.k, call.v}) {
+      const auto* line = reinterpret_cast<const char*>(static_cast<const T*>(cache) + offset);
+      for (int64_t at = 0; at < bytes_of_all(); at += 64) _mm_prefetch(line + at, _MM_HINT_T1);
+    }
+#endif
+  }
+
+  // Where keys and values of a chunk lie; null for what is outside, which may never have been written and counts as zero.
+  struct Found {
+    const T* keys[CHUNK] = {};
+    const T* values[CHUNK] = {};
+  };
+  void find(int head, int start, int from, int to, Found& found) const {
     each_slot(head, start, from, to, [&](int p, int64_t offset) {
-      from_k[p] = static_cast<const T*>(call.k) + offset;
-      from_v[p] = static_cast<const T*>(call.v) + offset;
+      found.keys[p] = static_cast<const T*>(call.k) + offset;
+      found.values[p] = static_cast<const T*>(call.v) + offset;
     });
+  }
+  static const T* part_of(const T* row, int64_t panel) { return row != nullptr ? row + panel * NR : nullptr; }
+
+  void pack(const Found& found) {
+    const auto &from_k = found.keys, &from_v = found.values;
 #if defined(__AVX512F__)
     if (head_size * sizeof(T) % 64 == 0) pack_keys_by_16(from_k);
     else
 #endif
       for (int p = 0; p < CHUNK; p++) pack_key(from_k[p], p);
-    for (int p = 0; p < CHUNK; p += E::P) pack_values(from_v + p, p / E::P);
+    for (int p = 0; p < CHUNK; p += E::P) {
+      pack_values(from_v + p, p / E::P);
+      if (p % 4 == 0) fetch_ahead();
+    }
   }
 
 #if defined(__AVX512F__)
@@ -151,7 +182,10 @@ template <class E> struct Worker {
         const void* rows[16];
         for (int i = 0; i < 16; i++) rows[i] = from[p + i] != nullptr ? from[p + i] + d : nullptr;
         T* to = keys.data() + (p / NR) * (key_steps * NR * E::P) + (d / E::P * NR + p % NR) * E::P;
-        transpose16(rows, reinterpret_cast<char*>(to), NR * E::P * sizeof(T));
+        fetch_ahead();
+        I found[16];
+        transpose16(rows, found);
+        for (int i = 0; i < 16; i++) storei(to + i * NR * E::P, found[i]);
       }
   }
 #endif
@@ -178,7 +212,9 @@ template <class E> struct Worker {
 #if defined(__AVX512F__)
       if constexpr (E::P == 2)
         if (count == NR) {
-          interleave32(from[0] != nullptr ? from[0] + panel * NR : nullptr, from[1] != nullptr ? from[1] + panel * NR : nullptr, to);
+          I low, high;
+          interleave32(part_of(from[0], panel), part_of(from[1], panel), low, high);
+          storei(to, low), storei(to + NR, high);
           continue;
         }
 #endif
@@ -194,10 +230,22 @@ template <class E> struct Worker {
     part.reset(num_queries, width);
     const int begin = std::max(split * SPLIT, begin_of(0) / CHUNK * CHUNK), end = std::min((split + 1) * SPLIT, last() + 1);
     for (int start = begin; start < end; start += CHUNK) {
-      if (num_kv_heads > 1) touch(start, begin_of(0), end);
+      if (num_kv_heads > 1 && !is_ahead) touch(start, begin_of(0), end);
+      const int next = start + CHUNK;
+      look_ahead(next, begin_of(0), std::min(next + CHUNK, last() + 1));  // beyond the split as well
+      is_ahead = num_ahead > 0;
       for (int head = 0; head < num_kv_heads; head++) {
-        pack(kv_head + head, start, begin_of(0), end);
         const int past_head = (head + 1) * per_head;
+        Found found;
+        find(kv_head + head, start, begin_of(0), end, found);
+#if defined(__AVX512F__)
+        if constexpr (E::P == 2)
+          if (per_head <= FEW && head_size % NR == 0) {
+            with_rows<FEW>(per_head, [&]<int MR>() { chunk_of_few<MR>(head * per_head, start, found); });
+            continue;
+          }
+#endif
+        pack(found);
         for (int query = head * per_head; query < past_head; query += MAX_MR) {
           const int count = std::min(MAX_MR, past_head - query);
           if (position(query + count - 1) < start) continue;  // none of them sees this chunk
@@ -206,6 +254,48 @@ template <class E> struct Worker {
       }
     }
   }
+
+#if defined(__AVX512F__)
+  // Few queries: packing would cost more than it saves. Keys and values are turned in registers and used there, in the order of `chunk`.
+  template <int MR> void chunk_of_few(int query, int start, const Found& found) {
+    for (int p = 0; p < CHUNK; p += 16) {
+      F c[MR];
+      for (int i = 0; i < MR; i++) c[i] = zero();
+      for (int64_t d = 0; d < head_size; d += 32) {
+        const void* rows[16];
+        for (int i = 0; i < 16; i++) rows[i] = found.keys[p + i] != nullptr ? found.keys[p + i] + d : nullptr;
+        I turned[16];
+        transpose16(rows, turned);
+        fetch_ahead();
+#pragma GCC unroll 16
+        for (int s = 0; s < 16; s++)
+#pragma GCC unroll 4
+          for (int i = 0; i < MR; i++) c[i] = dot2(c[i], bcast(queries.data() + (query + i) * q_width + d + 2 * s), turned[s]);
+      }
+      for (int i = 0; i < MR; i++) store(scores.data() + i * CHUNK + p, c[i]);
+    }
+    for (int i = 0; i < MR; i++) soften(query + i, scores.data() + i * CHUNK, weights.data() + i * CHUNK, start);
+    for (int64_t panel = 0; panel < value_panels; panel++) {
+      F c[MR][2];
+      float* value = part.value.data() + query * width + panel * NR;
+      for (int i = 0; i < MR; i++) apart(load(value + i * width), load(value + i * width + W), c[i][0], c[i][1]);
+      for (int p = 0; p < CHUNK; p += 2) {
+        I low, high;
+        interleave_lanes(part_of(found.values[p], panel), part_of(found.values[p + 1], panel), low, high);
+        if (p % 8 == 0) fetch_ahead();
+        for (int i = 0; i < MR; i++) {
+          const I weight = bcast(weights.data() + i * CHUNK + p);
+          c[i][0] = dot2(c[i][0], weight, low), c[i][1] = dot2(c[i][1], weight, high);
+        }
+      }
+      for (int i = 0; i < MR; i++) {
+        F first, second;
+        together(c[i][0], c[i][1], first, second);
+        store(value + i * width, first), store(value + i * width + W, second);
+      }
+    }
+  }
+#endif
 
   template <int MR> void chunk(int query, int start) {
     for (int panel = 0; panel < CHUNK / NR; panel++) {
@@ -227,15 +317,20 @@ template <class E> struct Worker {
   // Scores of one query over a chunk to weights, relative to the greatest score so far; what was summed before is scaled to it.
   void soften(int query, float* s, T* weight, int start) {
     const int from = std::max(0, begin_of(query) - start), to = std::min(CHUNK, position(query) + 1 - start);
-    F most = set1(NONE);
-    for (int p = 0; p < CHUNK; p += W) {
-      F x = mul(load(s + p), set1(call.scale));
-      if (call.soft_cap > 0) x = cap(x);
-      store(s + p, x);
+    constexpr int N = CHUNK / W;
+    F x[N];
+    for (int n = 0; n < N; n++) {
+      x[n] = mul(load(s + n * W), set1(call.scale));
+      if (call.soft_cap > 0) x[n] = cap(x[n]);
     }
-    for (int p = 0; p < CHUNK; p++)
-      if (p < from || p >= to) s[p] = NONE;
-    for (int p = 0; p < CHUNK; p += W) most = vmax(most, load(s + p));
+    if (from > 0 || to < CHUNK) {
+      for (int n = 0; n < N; n++) store(s + n * W, x[n]);
+      for (int p = 0; p < from; p++) s[p] = NONE;
+      for (int p = std::max(0, to); p < CHUNK; p++) s[p] = NONE;
+      for (int n = 0; n < N; n++) x[n] = load(s + n * W);
+    }
+    F most = x[0];
+    for (int n = 1; n < N; n++) most = vmax(most, x[n]);
     const auto q = static_cast<size_t>(query);
     const float before = part.top[q], now = std::max(before, top(most));
     if (now == NONE) {
@@ -243,10 +338,10 @@ template <class E> struct Worker {
       return;
     }
     F total = zero();
-    for (int p = 0; p < CHUNK; p += W) {
-      const F w = vexp(sub(load(s + p), set1(now)));
+    for (int n = 0; n < N; n++) {
+      const F w = vexp(sub(x[n], set1(now)));
       total = add(total, w);
-      E::from_float(weight + p, w);
+      E::from_float(weight + n * W, w);
     }
     const float factor = exp1(before - now);
     part.top[q] = now;

@@ -1,6 +1,8 @@
 // One product over packed weights, as linear maps and experts need it: rows of x times panels, bias, activation, rounding.
 #pragma once
 
+#include <algorithm>
+
 #include "gemm.h"
 #include "pool.h"
 
@@ -28,16 +30,16 @@ template <class Tiles> void tile_rows(const Tiles& tiles, int64_t first, int64_t
   }
 }
 
-// m rows by all panels, on all threads.
+// m rows by all panels, on all threads. Pieces are equal but for one panel, and so small that no thread ends much after the others. Few rows read
+// weights, ahead of themselves, and beyond the end of a piece in vain: their pieces are larger.
 template <class Tiles> void run_tiles(const Tiles& tiles, int64_t m, int64_t count) {
   if (m == 0) return;
-  const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, wanted = 8 * num_threads();
-  const int64_t grain = blocks >= wanted ? count : (count * blocks + wanted - 1) / wanted;
-  const int64_t groups = (count + grain - 1) / grain;
+  const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, wanted = (m <= 4 ? 4 : 32) * num_threads();
+  const int64_t groups = blocks >= wanted ? 1 : std::min(count, (wanted + blocks - 1) / blocks);
   parallel_for(blocks * groups, [&](int64_t piece) {
     const int64_t block = piece / groups, group = piece % groups;
     const int64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m;
-    for (int64_t panel = group * grain; panel < count && panel < (group + 1) * grain; panel++) tile_rows(tiles, first, last, panel);
+    for (int64_t panel = count * group / groups; panel < count * (group + 1) / groups; panel++) tile_rows(tiles, first, last, panel);
   });
 }
 

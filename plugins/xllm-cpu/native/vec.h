@@ -34,6 +34,7 @@ inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F vmax(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F vmin(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline I loadi(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void storei(void* p, I x) { _mm512_storeu_si512(p, x.v); }
 inline I bcast(const void* p) { int32_t x; std::memcpy(&x, p, 4); return {_mm512_set1_epi32(x)}; }
 inline F low(I x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
 inline F high(I x) { return {_mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))}; }
@@ -205,33 +206,50 @@ template <class E> inline void store_part(typename E::T* p, F x, int64_t n) {
 
 #if defined(__AVX512F__)
 // 16 rows of 16 numbers of 32 bits, transposed: out[i][j] = in[j][i]. Rows may be null (zeros).
-inline void transpose16(const void* const* in, char* out, int64_t stride) {
+inline __attribute__((always_inline)) void transpose16(const void* const* in, I (&out)[16]) {
   __m512i r[16], t[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) r[i] = in[i] != nullptr ? _mm512_loadu_si512(in[i]) : _mm512_setzero_si512();
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
     r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
     r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 4; i++) {
     t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
     t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 4; i++) {
-    _mm512_storeu_si512(out + stride * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(out + stride * (i + 4), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_si512(out + stride * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_si512(out + stride * (i + 12), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    out[i].v = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), out[i + 4].v = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    out[i + 8].v = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd), out[i + 12].v = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
 
-// Two rows of 32 numbers of 16 bits, element beside element: a0 b0 a1 b1 ...
-inline void interleave32(const bf16* a, const bf16* b, bf16* out) {
+// Two rows of 32 numbers of 16 bits, element beside element: a0 b0 a1 b1 ... Rows may be null (zeros).
+inline __attribute__((always_inline)) void interleave32(const bf16* a, const bf16* b, I& low, I& high) {
   const __m512i x = a != nullptr ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b != nullptr ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
   alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(FIRST), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, low, y));
-  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, high, y));
+  const __m512i order = _mm512_load_si512(FIRST);
+  low.v = _mm512_permutex2var_epi16(x, order, y);
+  high.v = _mm512_permutex2var_epi16(x, _mm512_add_epi16(order, _mm512_set1_epi16(16)), y);
+}
+
+// The same within 128 bits, which takes half as long: `low` gets elements 0-3, 8-11, 16-19, 24-27, `high` the rest. `apart` puts sums of 32 columns
+// in that order, `together` puts them back.
+inline __attribute__((always_inline)) void interleave_lanes(const bf16* a, const bf16* b, I& low, I& high) {
+  const __m512i x = a != nullptr ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b != nullptr ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+  low.v = _mm512_unpacklo_epi16(x, y), high.v = _mm512_unpackhi_epi16(x, y);
+}
+inline void apart(F first, F second, F& low, F& high) {
+  low.v = _mm512_shuffle_f32x4(first.v, second.v, 0x88), high.v = _mm512_shuffle_f32x4(first.v, second.v, 0xdd);
+}
+inline void together(F low, F high, F& first, F& second) {
+  const __m512 a = _mm512_shuffle_f32x4(low.v, high.v, 0x44), b = _mm512_shuffle_f32x4(low.v, high.v, 0xee);  // low 0 1, high 0 1; low 2 3, high 2 3
+  first.v = _mm512_shuffle_f32x4(a, a, 0xd8), second.v = _mm512_shuffle_f32x4(b, b, 0xd8);
 }
 #endif
 
