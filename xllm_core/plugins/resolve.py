@@ -23,7 +23,7 @@ from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.plugins.contracts.model import ModelFamily, ModelShape, ops_of
 from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
-from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
+from xllm_core.plugins.contracts.weights import Checkpoint, HoldsPacked, WeightFormat
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.plan import AssemblyPlan, Choice, describe, load_target
 from xllm_core.plugins.probes import Probes
@@ -99,6 +99,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
     layout = resolver.layout(family.attention(config), facts, dtype)
     kv_layout = layout.kv_layout
     quantization, quantized, ops = resolver.quantization(facts, dtype)
+    kinds = resolver.packed_kinds(quantization, opened, checkpoint)
     ops |= {
         name: resolver.op(name, facts, dtype, asked_by=model.name, kv_layout=kv_layout)
         for name in ops_of(family, config)
@@ -115,7 +116,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         device_kind=facts.kind,
         weight_format=opened,
         model=model,
-        ops={name: choice for name, choice in ops.items() if name in CORE_OPS or name not in quantized},
+        ops={name: choice for name, choice in ops.items() if kinds or name in CORE_OPS or name not in quantized},
         attention=layout.attention,
         geometry=layout.geometry,
         sampler=resolver.sampler(facts),
@@ -124,6 +125,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         kv_store=layout.kv_store,
         quantization=quantization,
         quantized_ops={role: name for role, name in quantized.items() if name in ops},
+        quantized_kinds=kinds,
         observers=resolver.all_of("observers", is_default_all=False)[0],
         block_size=layout.block_size,
         kv_layout=kv_layout,
@@ -370,6 +372,21 @@ class Resolver:
         offers = self.offers("quantization")
         choice = choose("quantization", offers, self.settings, unfit, need=f"linear maps on {facts.kind} in {dtype}")
         return choice, next(offer.spec.ops for offer in offers if offer.name == choice.name), ops
+
+    def packed_kinds(self, quantization: Choice | None, opened: Choice, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The packings that the chosen format serves as they are, sorted; none for one that weights are turned into. Refused where the file has none."""
+        offers = [] if quantization is None else [o for o in self.offers("quantization") if o.name == quantization.name]
+        kinds = tuple(sorted(offers[0].spec.kinds)) if offers else ()
+        if not kinds:
+            return ()
+        refused = f"[model] quantization = {offers[0].spec.name!r} serves weights as a file packs them ({', '.join(kinds)}), and {checkpoint.path}"
+        advice = "take a file that holds them so, such as a .gguf file of that kind, or leave the setting out"
+        if not isinstance(checkpoint, HoldsPacked):
+            raise ResolutionError(f"{refused}, opened by {opened.name}, gives no weight packed: {advice}")
+        if not (held := set(checkpoint.packed().values())) & set(kinds):
+            found = f"only {', '.join(sorted(held))}" if held else "none that is packed"
+            raise ResolutionError(f"{refused} holds {found}: {advice}")
+        return kinds
 
     def fusions(
         self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str, *, kv_layout: str | None = None
