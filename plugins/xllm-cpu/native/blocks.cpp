@@ -49,6 +49,14 @@ inline F load_half(const char* p) {
 }
 #endif
 
+// With few rows the weight comes from memory, once: it is asked for so many bytes ahead.
+constexpr int FEW = 4, AHEAD = 7680;
+#if defined(__AVX512F__)
+inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+#else
+inline void prefetch(const char*) {}
+#endif
+
 // The low and the high halves of bytes.
 #if defined(__AVX512F__)
 inline I low_half(I x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
@@ -129,70 +137,70 @@ template <bool IS_4_BIT> struct Product {
   Kind kind;
 
   // MR rows by one panel. Not a part of what stores, so that it is compiled once for all kinds of results.
-  template <int MR> __attribute__((noinline)) void tile(int64_t row, int64_t panel, F (&c)[MR][2]) const {
+  template <int MR> __attribute__((noinline)) void tile(int64_t row, int64_t panel, F (&out)[MR][2]) const {
     const RowBlock* a = rows + row * num_blocks;
     const int64_t block_bytes = kind.block_bytes(), head_bytes = block_bytes - kind.code_bytes();
     const char* b = packed + panel * num_blocks * block_bytes;
-    for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
+    F c[MR][2];
+    unrolled<MR>([&](auto i) { c[i][0] = c[i][1] = zero(); });
     for (int64_t block = 0; block < num_blocks; block++, a++, b += block_bytes) {
+      if (MR <= FEW) prefetch(b + AHEAD), prefetch(b + AHEAD + head_bytes - 64);
       I d[MR][2];
       sums<MR>(a, b + head_bytes, d);
       const F s0 = load_half(b), s1 = load_half(b + W * HALF);
       F t[MR][2];
-      for (int i = 0; i < MR; i++) {
+      unrolled<MR>([&](auto i) {
         const F step = set1(a[i * num_blocks].step);
         t[i][0] = mul(to_float(d[i][0]), mul(step, s0)), t[i][1] = mul(to_float(d[i][1]), mul(step, s1));
-      }
+      });
       if (kind.has_minimums) {
         const F m0 = load_half(b + NR * HALF), m1 = load_half(b + (NR + W) * HALF);
-        for (int i = 0; i < MR; i++) {
+        unrolled<MR>([&](auto i) {
           const F total = set1(a[i * num_blocks].scaled_sum);
           t[i][0] = add(t[i][0], mul(total, m0)), t[i][1] = add(t[i][1], mul(total, m1));
-        }
+        });
       }
-      for (int i = 0; i < MR; i++) c[i][0] = add(c[i][0], t[i][0]), c[i][1] = add(c[i][1], t[i][1]);
+      unrolled<MR>([&](auto i) { c[i][0] = add(c[i][0], t[i][0]), c[i][1] = add(c[i][1], t[i][1]); });
     }
+    unrolled<MR>([&](auto i) { out[i][0] = c[i][0], out[i][1] = c[i][1]; });
   }
 
   // Sums of one block, of codes as they are meant.
   template <int MR> inline __attribute__((always_inline)) void sums(const RowBlock* a, const char* codes, I (&d)[MR][2]) const {
-    for (int i = 0; i < MR; i++) d[i][0] = d[i][1] = bcast(&a[i * num_blocks].start);
-#pragma GCC unroll 8
-    for (int step = 0; step < STEPS; step++) {
-#if defined(__AVX512F__)
-      if (MR <= 4) {  // few rows: the weight comes from memory, once
-        _mm_prefetch(codes + 4096 + step * NR * P, _MM_HINT_T0);
-        _mm_prefetch(codes + 4096 + step * NR * P + 64, _MM_HINT_T0);
-      }
-#endif
+    unrolled<MR>([&](auto i) { d[i][0] = d[i][1] = bcast(&a[i * num_blocks].start); });
+    unrolled<STEPS>([&](auto step) {
+      if (MR <= FEW) prefetch(codes + AHEAD + step * NR * P), prefetch(codes + AHEAD + step * NR * P + 64);
       const I b0 = loadi(codes + step * NR * P), b1 = loadi(codes + (step * NR + W) * P);
+      const auto multiply = [&](int at, Bytes w0, Bytes w1) {
+        unrolled<MR>([&](auto i) {
+          const Bytes x = as_signed(bcast(a[i * num_blocks].values + at * P));
+          d[i][0] = dot4(d[i][0], w0, x), d[i][1] = dot4(d[i][1], w1, x);
+        });
+      };
       if constexpr (IS_4_BIT) {
-        multiply<MR>(a, 2 * step, as_unsigned(low_half(b0)), as_unsigned(low_half(b1)), d);
-        multiply<MR>(a, 2 * step + 1, as_unsigned(high_half(b0)), as_unsigned(high_half(b1)), d);
+        multiply(2 * step, as_unsigned(low_half(b0)), as_unsigned(low_half(b1)));
+        multiply(2 * step + 1, as_unsigned(high_half(b0)), as_unsigned(high_half(b1)));
       } else {
-        multiply<MR>(a, step, as_unsigned(b0), as_unsigned(b1), d);
+        multiply(step, as_unsigned(b0), as_unsigned(b1));
       }
-    }
-  }
-
-  template <int MR> inline __attribute__((always_inline)) void multiply(const RowBlock* a, int step, Bytes b0, Bytes b1, I (&d)[MR][2]) const {
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++) {
-      const Bytes x = as_signed(bcast(a[i * num_blocks].values + step * P));
-      d[i][0] = dot4(d[i][0], b0, x);
-      d[i][1] = dot4(d[i][1], b1, x);
-    }
+    });
   }
 };
 
 template <class E, bool IS_4_BIT> struct BlocksCall {
+  static constexpr int MOST_ROWS = 6;  // sums of a block and of a row stay in registers, 24 of 32
   Product<IS_4_BIT> product;
   Output<E> to;
 
   template <int MR> void tile(int64_t row, int64_t panel) const {
-    F c[MR][2];
-    product.template tile<MR>(row, panel, c);
-    for (int i = 0; i < MR; i++) to.store(row + i, panel, c[i][0], c[i][1]);
+    if constexpr (MR > MOST_ROWS) {
+      tile<MR / 2>(row, panel);
+      tile<MR - MR / 2>(row + MR / 2, panel);
+    } else {
+      F c[MR][2];
+      product.template tile<MR>(row, panel, c);
+      for (int i = 0; i < MR; i++) to.store(row + i, panel, c[i][0], c[i][1]);
+    }
   }
 };
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <bit>
+#include <type_traits>
+#include <utility>
 
 #include "vec.h"
 
@@ -52,6 +54,12 @@ inline I multiplied(I a, I b) {
 }
 inline F to_float(I x) { return each<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
 #endif
+
+// fn(0), ..., fn(N - 1), without a loop: compilers keep arrays in registers only if nothing ever indexes them by a variable.
+template <int N, class Fn> inline __attribute__((always_inline)) void unrolled(Fn&& fn) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) { (fn(std::integral_constant<int, i>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
 
 inline int32_t bits_of(float x) { return std::bit_cast<int32_t>(x); }
 

@@ -78,10 +78,10 @@ template <class E> struct Int8Call {
     const char* b = steps + NR * sizeof(float);
     I c[MR][2];
     const I total0 = loadi(head), total1 = loadi(head + W * sizeof(int32_t));
-    for (int i = 0; i < MR; i++) {
+    unrolled<MR>([&](auto i) __attribute__((always_inline)) {
       const I minus_zero = bcast(first + i * row_bytes + offsetof(RowHead, minus_zero));
       c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
-    }
+    });
     for (int64_t at = 0; at < padded(k); at += P, b += NR * P) {
 #if defined(__AVX512F__)
       if (MR <= 4) {
@@ -90,19 +90,20 @@ template <class E> struct Int8Call {
       }
 #endif
       const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
-#pragma GCC unroll 12
-      for (int i = 0; i < MR; i++) {
+      unrolled<MR>([&](auto i) __attribute__((always_inline)) {
         const Bytes a = as_unsigned(bcast(first + i * row_bytes + ROW_HEAD + at));
         c[i][0] = dot4(c[i][0], a, b0);
         c[i][1] = dot4(c[i][1], a, b1);
-      }
+      });
     }
     const F s0 = load(reinterpret_cast<const float*>(steps)), s1 = load(reinterpret_cast<const float*>(steps) + W);
-    for (int i = 0; i < MR; i++) {
+    F out[MR][2];
+    unrolled<MR>([&](auto i) __attribute__((always_inline)) {
       float own;
       std::memcpy(&own, first + i * row_bytes, sizeof own);
-      to.store(row + i, panel, mul(to_float(c[i][0]), mul(set1(own), s0)), mul(to_float(c[i][1]), mul(set1(own), s1)));
-    }
+      out[i][0] = mul(to_float(c[i][0]), mul(set1(own), s0)), out[i][1] = mul(to_float(c[i][1]), mul(set1(own), s1));
+    });
+    for (int i = 0; i < MR; i++) to.store(row + i, panel, out[i][0], out[i][1]);
   }
 };
 
