@@ -66,11 +66,11 @@ def test_the_public_surface() -> None:
     assert sorted(plugins.__all__) == [
         "API_VERSION", "AsksForOps", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis",
         "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec",
-        "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "Graph", "GraphDevice", "GraphKernel", "Hit", "KVGeometry",
+        "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "Graph", "GraphDevice", "GraphKernel", "Hit", "HoldsPacked", "KVGeometry",
         "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView",
         "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model",
         "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "NotCapturableError", "Observer",
-        "ObserverSpec", "OpQuery", "OpSpec", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "QUANTIZED_OPS",
+        "ObserverSpec", "OpQuery", "OpSpec", "PackedQuantization", "PackedTensor", "Parts", "PluginContext", "PluginInfo", "ProcessorContext", "QUANTIZED_OPS",
         "Quantization", "QuantizationSpec", "QuantizedLinearOp", "REFERENCE_ATTENTION",
         "REFERENCE_OPS", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams",
         "SchedulerPolicy", "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles",
