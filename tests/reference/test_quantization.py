@@ -9,7 +9,14 @@ import torch
 
 from xllm_core.plugins import PackedTensor
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.reference.ops import LinearBlocks, LinearInt8, LinearSiluMulBlocks, LinearSiluMulInt8, LmHeadBlocks, LmHeadInt8
+from xllm_core.reference.ops import (
+    LinearBlocks,
+    LinearInt8,
+    LinearSiluMulBlocks,
+    LinearSiluMulInt8,
+    LmHeadBlocks,
+    LmHeadInt8,
+)
 from xllm_core.reference.quantization import Gguf, Int8, block_rows, int8_rows
 
 DEVICE = ReferenceDevice(0)
@@ -77,17 +84,22 @@ def test_bias_and_rounding() -> None:
     fused = LinearSiluMulInt8(DEVICE)
     assert torch.equal(fused(x, fused.prepare(made, bias)), torch.nn.functional.silu(biased[:, :5]) * biased[:, 5:])
 
+
 def packed(kind: str, *shape: int) -> tuple[PackedTensor, torch.Tensor]:
     """A random weight as the `gguf` package packs it, and what that package unpacks."""
     values = torch.randn(*shape).numpy()
     raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
     blocks = torch.from_numpy(raw.view(np.uint8).copy()).view(shape[0], shape[1] // 32, -1)
-    return PackedTensor(kind, blocks), torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).copy())
+    return PackedTensor(kind, blocks), torch.from_numpy(
+        gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).copy()
+    )
 
 
-@pytest.mark.parametrize("kinds", [("Q4_0",), ("Q4_1",), ("Q8_0",), ("Q4_1", "Q4_1", "Q4_1"), ("Q4_0", "Q4_1", "Q8_0"), ("Q8_0", "Q4_0")])
+@pytest.mark.parametrize(
+    "kinds", [("Q4_0",), ("Q4_1",), ("Q8_0",), ("Q4_1", "Q4_1", "Q4_1"), ("Q4_0", "Q4_1", "Q8_0"), ("Q8_0", "Q4_0")]
+)
 def test_blocks_mean_what_the_file_says(kinds: tuple[str, ...]) -> None:
-    """Against the `gguf` package's own unpacking, alone and stacked, mixed too. Killed by: halves exchanged, an offset left out, a stack out of order."""
+    """Against the `gguf` package's own unpacking, alone, stacked, mixed. Killed by: halves exchanged, an offset forgotten, rows out of order."""
     torch.manual_seed(5)
     made = [packed(kind, rows, 96) for kind, rows in zip(kinds, (5, 3, 7), strict=False)]
     weight = Gguf().stack([tensor for tensor, _ in made])
@@ -138,7 +150,11 @@ def test_the_loss_of_blocks_is_that_of_activations(kind: str) -> None:
 def test_the_fusion_of_blocks() -> None:
     """It is the two ops; the bias is added before."""
     torch.manual_seed(8)
-    weight, x, bias = Gguf().stack([packed("Q4_1", 10, 64)[0]]), torch.randn(4, 64).bfloat16(), torch.randn(10).bfloat16()
+    weight, x, bias = (
+        Gguf().stack([packed("Q4_1", 10, 64)[0]]),
+        torch.randn(4, 64).bfloat16(),
+        torch.randn(10).bfloat16(),
+    )
     plain, wide, fused = LinearBlocks(DEVICE), LmHeadBlocks(DEVICE), LinearSiluMulBlocks(DEVICE)
     biased = plain(x, plain.prepare(weight, bias))
     assert torch.equal(biased, (wide(x, wide.prepare(weight, None)) + bias.float()).bfloat16())

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from xllm_core.testing.tiny_gguf import write_tiny_gguf
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.errors import ModelError
 from xllm_core.models.llama import Llama
 from xllm_core.runtime.formats.gguf_file import GGUF
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
 from xllm_core.testing.model_harness import Harness
+from xllm_core.testing.tiny_gguf import write_tiny_gguf
 
 Damage = Callable[[Path], None]
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Kind
 
-from xllm_core.testing.tiny_gguf import write_tiny_gguf
 from tests.fixtures.tiny_models import load_oracle, make_tiny
 from xllm_core.errors import ModelError, ModelFormatError
 from xllm_core.models.llama import Llama
@@ -29,6 +28,7 @@ from xllm_core.runtime.formats.gguf_quants import unpack
 from xllm_core.runtime.formats.package import Package
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
 from xllm_core.testing.model_harness import Harness
+from xllm_core.testing.tiny_gguf import write_tiny_gguf
 
 PACKED = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
 TOKENS = torch.randint(0, 128, (19,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -87,7 +87,9 @@ def test_biases_of_llama_are_reordered_too(tmp_path: Path) -> None:
 def test_packed_tensors_load(directory: Path, tmp_path: Path) -> None:
     """A mixture, as real files are. Killed by: one dtype assumed for all."""
     kinds = {"q_proj": Kind.Q4_0, "k_proj": Kind.Q4_1, "v_proj": Kind.Q8_0, "o_proj": Kind.F16, "gate_proj": Kind.BF16}
-    path = write_tiny_gguf(directory, tmp_path / "m.gguf", kind_of=lambda name: kinds.get(name.split(".")[-2], Kind.F32))
+    path = write_tiny_gguf(
+        directory, tmp_path / "m.gguf", kind_of=lambda name: kinds.get(name.split(".")[-2], Kind.F32)
+    )
     checkpoint = open_file(path)
     dtypes = {info.dtype for info in checkpoint.tensors().values()}
     assert dtypes == {"float32", "float16", "bfloat16"}
@@ -385,7 +387,13 @@ def test_values_of_the_wrong_kind(directory: Path, tmp_path: Path, key: str) -> 
 def test_blocks_as_they_lie_in_the_file(tmp_path: Path, family: str) -> None:
     """Named with their kind, rows in the order of `read`, the mapped bytes themselves where rows stay in place. Killed by: queries left
     interleaved, a copy of every tensor, a vector or a plain matrix among them."""
-    kinds = {"q_proj": Kind.Q4_0, "k_proj": Kind.Q4_1, "v_proj": Kind.Q8_0, "o_proj": Kind.F16, "embed_tokens": Kind.Q8_0}
+    kinds = {
+        "q_proj": Kind.Q4_0,
+        "k_proj": Kind.Q4_1,
+        "v_proj": Kind.Q8_0,
+        "o_proj": Kind.F16,
+        "embed_tokens": Kind.Q8_0,
+    }
     source = make_tiny(family, tmp_path / "hf")
     path = write_tiny_gguf(source, tmp_path / "m.gguf", kind_of=lambda name: kinds.get(name.split(".")[-2], Kind.F32))
     checkpoint = open_file(path)

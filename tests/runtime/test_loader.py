@@ -215,7 +215,9 @@ def stacked(tensors: Sequence[PackedTensor]) -> tuple[torch.Tensor, ...]:
 def packed_parts(checkpoint: Packed, entries: list[WeightEntry], **rest: Any) -> tuple[CoreParts, Took]:
     device, took = ReferenceDevice(0), Took()
     packed = packed_parameters(checkpoint, WeightMap(entries), {"K4"})
-    weights = WeightsInFormat({"linear": "narrow", "lm_head": "narrow"}, stack=rest.pop("stack", stacked), packed=packed)
+    weights = WeightsInFormat(
+        {"linear": "narrow", "lm_head": "narrow"}, stack=rest.pop("stack", stacked), packed=packed
+    )
     ops = {**built_ops(device), "narrow": took}
     return CoreParts(device, torch.float32, ops, {}, weights=weights, **rest), took
 
@@ -241,7 +243,11 @@ def test_packed_rows_reach_the_op_as_they_are() -> None:
 
 def test_what_is_not_packed_keeps_its_weights() -> None:
     """A parameter of which one tensor is plain, or of another kind, is unpacked whole. Killed by: half of it in either form."""
-    entries = [entry("a", "m.weight", 2, 4, rows=(0, 2)), entry("plain", "m.weight", 2, 4, rows=(2, 2)), entry("b", "n.weight", 2, 4)]
+    entries = [
+        entry("a", "m.weight", 2, 4, rows=(0, 2)),
+        entry("plain", "m.weight", 2, 4, rows=(2, 2)),
+        entry("b", "n.weight", 2, 4),
+    ]
     checkpoint = Packed(a=numbered(2, 4), plain=numbered(2, 4), b=numbered(2, 4))
     assert packed_parameters(checkpoint, WeightMap(entries), {"K4"}) == {"n.weight"}
     assert not packed_parameters(checkpoint, WeightMap(entries), {"K5"})
@@ -274,8 +280,14 @@ def test_packed_rows_are_shared_out() -> None:
     ]  # fmt: skip
     checkpoint = Packed(up=numbered(8, 4), down=numbered(2, 8), turn=numbered(4, 4))
     for rank in (0, 1):
-        parts, took = packed_parts(checkpoint, entries, world_size=2, rank=rank, all_reduce=lambda t: t, all_gather=lambda t: t)
-        parts.linear("up", 4, 8, axis="column"), parts.linear("down", 8, 2, axis="row"), parts.linear("turn", 4, 4, axis="column")
+        parts, took = packed_parts(
+            checkpoint, entries, world_size=2, rank=rank, all_reduce=lambda t: t, all_gather=lambda t: t
+        )
+        (
+            parts.linear("up", 4, 8, axis="column"),
+            parts.linear("down", 8, 2, axis="row"),
+            parts.linear("turn", 4, 4, axis="column"),
+        )
         load_weights(checkpoint, WeightMap(entries), parts)
         up, down, turn = (weight[0].float() for weight in took.weights)
         assert torch.equal(up, numbered(8, 4).view(2, 2, 2, 4)[:, rank].flatten(0, 1))
@@ -294,7 +306,9 @@ def test_packed_scales_that_are_not_finite() -> None:
     """Told with the parameter's name. Killed by: trusting what is not unpacked."""
     entries = [entry("a", "m.weight", 2, 4)]
     checkpoint = Packed(a=numbered(2, 4))
-    parts, _ = packed_parts(checkpoint, entries, stack=lambda tensors: (*stacked(tensors), torch.tensor([1.0, float("inf")])))
+    parts, _ = packed_parts(
+        checkpoint, entries, stack=lambda tensors: (*stacked(tensors), torch.tensor([1.0, float("inf")]))
+    )
     parts.linear("m", 4, 2, axis="replicated")
     with pytest.raises(WeightMismatchError, match=r"'m\.weight'.*not finite"):
         load_weights(checkpoint, WeightMap(entries), parts)

@@ -95,7 +95,8 @@ class AssemblyPlan:
     attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, per op that the family asks for beyond them, and
     per fusion that was taken; unused_fusions: (name, reason) of the others. quantized_ops: what ops "linear", "lm_head" and "linear_silu_mul" are
     done by instead; quantized_kinds: packings that the format serves as the file has them, empty for one that weights are turned into.
-    logits_processors: in the order of application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the dtype comes from.
+    logits_processors: in the order of application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the
+    dtype comes from.
     """
 
     model_path: str

@@ -23,7 +23,7 @@ from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.plugins.contracts.model import ModelFamily, ModelShape, ops_of
 from xllm_core.plugins.contracts.ops import CORE_OPS
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
-from xllm_core.plugins.contracts.weights import Checkpoint, HoldsPacked, WeightFormat
+from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
 from xllm_core.plugins.manager import Offer, PluginManager
 from xllm_core.plugins.plan import AssemblyPlan, Choice, describe, load_target
 from xllm_core.plugins.probes import Probes
@@ -33,10 +33,12 @@ from xllm_core.plugins.select import (
     choose,
     choose_all,
     chosen,
+    describe_geometry,
     find_named,
     fits_anything,
     is_fallback,
     kv_offers,
+    packed_kinds,
     ranking,
     refusal,
     start_probes,
@@ -99,7 +101,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
     layout = resolver.layout(family.attention(config), facts, dtype)
     kv_layout = layout.kv_layout
     quantization, quantized, ops = resolver.quantization(facts, dtype)
-    kinds = resolver.packed_kinds(quantization, opened, checkpoint)
+    kinds = packed_kinds(quantization, resolver.offers("quantization"), opened, checkpoint)
     ops |= {
         name: resolver.op(name, facts, dtype, asked_by=model.name, kv_layout=kv_layout)
         for name in ops_of(family, config)
@@ -373,21 +375,6 @@ class Resolver:
         choice = choose("quantization", offers, self.settings, unfit, need=f"linear maps on {facts.kind} in {dtype}")
         return choice, next(offer.spec.ops for offer in offers if offer.name == choice.name), ops
 
-    def packed_kinds(self, quantization: Choice | None, opened: Choice, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """The packings that the chosen format serves as they are, sorted; none for one that weights are turned into. Refused where the file has none."""
-        offers = [] if quantization is None else [o for o in self.offers("quantization") if o.name == quantization.name]
-        kinds = tuple(sorted(offers[0].spec.kinds)) if offers else ()
-        if not kinds:
-            return ()
-        refused = f"[model] quantization = {offers[0].spec.name!r} serves weights as a file packs them ({', '.join(kinds)}), and {checkpoint.path}"
-        advice = "take a file that holds them so, such as a .gguf file of that kind, or leave the setting out"
-        if not isinstance(checkpoint, HoldsPacked):
-            raise ResolutionError(f"{refused}, opened by {opened.name}, gives no weight packed: {advice}")
-        if not (held := set(checkpoint.packed().values())) & set(kinds):
-            found = f"only {', '.join(sorted(held))}" if held else "none that is packed"
-            raise ResolutionError(f"{refused} holds {found}: {advice}")
-        return kinds
-
     def fusions(
         self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str, *, kv_layout: str | None = None
     ) -> tuple[dict[str, Choice], tuple[tuple[str, str], ...]]:
@@ -485,15 +472,6 @@ class _ResolveOnly:
 
     def open(self, path: Path) -> Checkpoint | None:
         return None
-
-
-def describe_geometry(geometry: AttentionGeometry, device_kind: str) -> str:
-    """What a kernel is asked for, for people."""
-    features = f", {', '.join(sorted(geometry.features))}" if geometry.features else ""
-    return (
-        f"{device_kind}, {geometry.dtype}, {geometry.num_heads} query and {geometry.num_kv_heads} KV heads of {geometry.head_size},"
-        f" blocks of {geometry.block_size}, layout {geometry.layout}{features}"
-    )
 
 
 def _with_pins(settings: Settings) -> Settings:

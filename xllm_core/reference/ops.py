@@ -130,7 +130,7 @@ class LinearBlocks:
         out = torch.zeros(len(x), len(codes), device=x.device)
         for start in range(0, len(codes), _TILE_ROWS // 4):
             rows = slice(start, start + _TILE_ROWS // 4)
-            tile = codes[rows].float().unflatten(1, values.shape[1:])
+            tile = codes[rows].float().view(-1, *values.shape[1:])
             for block in range(values.shape[1]):
                 sums = F.linear(values[:, block], tile[:, block])
                 term = sums * (steps[:, block, None] * scales[rows, block].float())

@@ -42,7 +42,10 @@ class Gguf:
 def _parted(tensor: PackedTensor, *, is_alone: bool) -> tuple[torch.Tensor, ...]:
     """Codes [rows, ...], scales and minimums [rows, blocks]; 4-bit codes stay packed where no other kind is beside them."""
     blocks, has_minimums = tensor.blocks, tensor.kind == "Q4_1"
-    heads = [blocks[..., first : first + 2].contiguous().view(torch.float16)[..., 0] for first in ((0, 2) if has_minimums else (0,))]
+    heads = [
+        blocks[..., first : first + 2].contiguous().view(torch.float16)[..., 0]
+        for first in ((0, 2) if has_minimums else (0,))
+    ]
     codes = blocks[..., 2 * len(heads) :].flatten(1)
     if tensor.kind == "Q8_0":
         codes = codes.view(torch.int8)
@@ -63,7 +66,7 @@ def block_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     A block that is not finite has step NaN.
     """
-    wide = x.float().unflatten(1, (-1, BLOCK_COLUMNS))
+    wide = x.float().reshape(len(x), x.shape[1] // BLOCK_COLUMNS, BLOCK_COLUMNS)
     factor, step = _scales(wide.abs().amax(2, keepdim=True), 127.0)
     return (wide * factor).round().masked_fill(step.isnan(), 0.0), step[..., 0]
 

@@ -158,7 +158,9 @@ def _filled(
                     yield _waited(*under_way.popleft())
                 copying = None  # what has no source stays zero, as a bias that is not there
                 if source and _place_of_expert(entry, parts) != _ELSEWHERE:
-                    copying = pool.submit(_fill, checkpoint.path, *_read(checkpoint, entry, source, parts), entry, source, parts)
+                    copying = pool.submit(
+                        _fill, checkpoint.path, *_read(checkpoint, entry, source, parts), entry, source, parts
+                    )
                 under_way.append((entry, copying))
             while under_way:
                 yield _waited(*under_way.popleft())
@@ -199,7 +201,12 @@ def _read(
 
 
 def _fill(
-    path: Path, tensor: torch.Tensor | None, packed: PackedTensor | None, entry: WeightEntry, source: str, parts: CoreParts
+    path: Path,
+    tensor: torch.Tensor | None,
+    packed: PackedTensor | None,
+    entry: WeightEntry,
+    source: str,
+    parts: CoreParts,
 ) -> None:
     """Take this rank's share of one tensor into the parameter: copied, where it is unpacked."""
     parameter = parts.parameters[entry.param]

@@ -264,7 +264,9 @@ class CoreParts:
         rows = sorted(weight.packed, key=lambda piece: piece[0])
         stacked = self._format.stack([tensor for _, tensor in rows])
         if not all(bool(tensor.isfinite().all()) for tensor in stacked if tensor.is_floating_point()):
-            raise WeightMismatchError(f"the packed rows of {weight.name!r} hold scales that are not finite; the file is damaged")
+            raise WeightMismatchError(
+                f"the packed rows of {weight.name!r} hold scales that are not finite; the file is damaged"
+            )
         return tuple(self.device.to_device(tensor) for tensor in stacked)
 
     def _bind(self, linear: _BoundLinear) -> _BoundLinear:

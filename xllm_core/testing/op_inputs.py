@@ -203,7 +203,9 @@ _BLOCK_KINDS = ("4 bits", "4 bits, minimums", "8 bits", "8 bits, minimums")
 
 def _blocks(draw: Draw, tokens: int) -> Iterable[Call]:
     """Every kind; channels that are no whole vectors; blocks of zeros and of one large value."""
-    for kind, (in_features, out_features, has_bias) in itertools.product(_BLOCK_KINDS, ((64, 48, False), (32, 7, True), (576, 130, True))):
+    for kind, (in_features, out_features, has_bias) in itertools.product(
+        _BLOCK_KINDS, ((64, 48, False), (32, 7, True), (576, 130, True))
+    ):
         x, bias = draw(tokens, in_features), draw(out_features) if has_bias else None
         x[1::7, :32], x[2::7, 0] = 0, 100
         yield Call((x,), prepared=(_in_blocks(draw, out_features, in_features, kind), bias))

@@ -45,7 +45,10 @@ def test_the_reference_to_the_bit(device: CpuDevice, dtype: torch.dtype, kind: s
     bias, x = T(n).to(dtype), (T(17, k) * torch.logspace(-28, 15, 17).unsqueeze(1)).to(dtype)
     x[3], x[4], x[5], x[6, 0], x[7, :32] = 0, 1e-38, 1, 1000, 0
     for name in ("LinearBlocks", "LmHeadBlocks"):
-        op, definition = {"LinearBlocks": LinearBlocks, "LmHeadBlocks": LmHeadBlocks}[name](device), getattr(reference, name)(ReferenceDevice(0))
+        op, definition = (
+            {"LinearBlocks": LinearBlocks, "LmHeadBlocks": LmHeadBlocks}[name](device),
+            getattr(reference, name)(ReferenceDevice(0)),
+        )
         for b in (bias, None):
             weight = (codes, scales, *rest)
             assert torch.equal(op(x, op.prepare(weight, b)), definition(x, definition.prepare(weight, b)))
@@ -94,7 +97,9 @@ def test_what_is_not_finite_is_told(device: CpuDevice, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("op_class", [LinearBlocks, LmHeadBlocks, LinearSiluMulBlocks])
 @pytest.mark.parametrize(("n", "k", "kind"), [(64, 96, "4m"), (130, 32, "8"), (2, 64, "4"), (34, 576, "8m")])
-def test_any_number_of_rows(device: CpuDevice, dtype: torch.dtype, op_class: type[LinearBlocks], n: int, k: int, kind: str) -> None:
+def test_any_number_of_rows(
+    device: CpuDevice, dtype: torch.dtype, op_class: type[LinearBlocks], n: int, k: int, kind: str
+) -> None:
     """M = 1 .. 256, each M, at a random place, on one thread and three; rows that lie apart. Dies with a tile that reads another row's step."""
     torch.manual_seed(n)
     op = op_class(device)
@@ -128,13 +133,13 @@ def test_the_fusion(device: CpuDevice, dtype: torch.dtype, inner: int, kind: str
 def test_the_loss_is_that_of_the_format(device: CpuDevice, kind: str) -> None:
     """Codes are taken as they are; x's step s adds noise of s**2 / 12 to each factor, no more. Dies with a coarser step, or one per row."""
     torch.manual_seed(1)
-    x, weight = T(64, 576), drawn(512, 576, kind)
+    x, weight = T(2048, 576), drawn(96, 576, kind)
     x[:, 0] = 50  # what costs its own block precision, and no other
     op, exact = LmHeadBlocks(device), widened(weight)
     error = op(x, op.prepare(weight, None)).double() - x.double() @ exact.T
-    steps = x.double().view(64, 18, 32).abs().amax(2) / 127
+    steps = x.double().view(2048, 18, 32).abs().amax(2) / 127
     noise = (steps.square() / 12).repeat_interleave(32, 1) @ exact.square().T
-    assert float((error.square() / noise).mean()) == pytest.approx(1, abs=0.05)
+    assert float((error.square() / noise).mean()) == pytest.approx(31 / 32, abs=0.1)  # the largest of a block is met
 
 
 def test_it_is_replayed(device: CpuDevice, dtype: torch.dtype) -> None:

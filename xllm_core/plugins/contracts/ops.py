@@ -35,7 +35,7 @@ Ops over quantised weights, asked for where `[model] quantization` names the for
 | `linear_int8` | `QuantizedLinearOp` over `(int8 [out, in], float32 [out])`, returns [T, out] | `linear` in 8-bit integers, see below |
 | `lm_head_int8` | the same, returns [T, out] float32 | `lm_head` likewise |
 | `linear_silu_mul_int8` | the same, returns [T, out / 2] | fusion of `linear_int8` and `silu_mul` |
-| `linear_blocks` | `QuantizedLinearOp` over codes, scales [out, in / 32] float16 and for some minimums like them, returns [T, out] | `linear` over blocks, see below |
+| `linear_blocks` | `QuantizedLinearOp` over (codes, scales) or (codes, scales, minimums), returns [T, out] | `linear` over blocks, see below |
 | `lm_head_blocks` | the same, returns [T, out] float32 | `lm_head` likewise |
 | `linear_silu_mul_blocks` | the same, returns [T, out / 2] | fusion of `linear_blocks` and `silu_mul` |
 
@@ -45,13 +45,14 @@ a step (hi - lo) / 255. Halves go to even. Sums of (b - z) * r are exact 32-bit 
 sum * (step of x * step of weight) + bias, each in float32 and in this order, rounded to the model's dtype at the end. A row with a range below
 2**-100 is zeros, and a row of x whose range is not finite gives NaN. So kernels agree to the bit, but for silu.
 
-Blocks. A row of a weight is blocks of 32 columns, each with a scale d and maybe a minimum m, both float16. Codes c are int8 [out, in], or of 4 bits:
-uint8 [out, in / 2], where byte j of a block's 16 holds column j in its low half and column j + 16 in its high half, as 0 .. 15 where there are minimums,
-as 8 more than the code where there are none. A weight is d * c, or d * c + m. A block of 32 elements of x, whose largest magnitude is a, becomes
-q = round(x * (127 / a)), halves to even, and a step s = a / 127: per block, as one large element costs its 31 neighbours precision then, and not the row.
-With exact integer sums over a block, sum(q * c) * (s * d), plus (s * sum(q)) * m where there are minimums; these are added up block after block from the
-first on, then the bias, each product and sum rounded to float32 by itself; the result is rounded to the model's dtype at the end. A block with a below
-2**-100 is zeros, and one that is not finite gives NaN. So kernels agree to the bit, but for silu.
+Blocks. A row of a weight is blocks of 32 columns, each with a scale d and for some kinds a minimum m, both float16 [out, in / 32]. Codes c are
+int8 [out, in], or of 4 bits: uint8 [out, in / 2], where byte j of a block's 16 holds column j in its low half and column j + 16 in its high half, as
+0 .. 15 where there are minimums, as 8 more than the code where there are none. A weight is d * c, or d * c + m. A block of 32 elements of x, whose
+largest magnitude is a, becomes q = round(x * (127 / a)), halves to even, and a step s = a / 127: per block, as a large element then costs its 31
+neighbours precision, and not the row. sum(q * c) over a block is an exact integer; sum(q * c) * (s * d), plus (s * sum(q)) * m where there are
+minimums, are added up block after block from the first on, then comes the bias, each product and sum rounded to float32 by itself; the result is
+rounded to the model's dtype at the end. A block with a below 2**-100 is zeros, and one that is not finite gives NaN. So kernels agree to the bit, but
+for silu, and however codes are held: 4 bits may be held in 8, and a minimum of 0 changes nothing.
 
 A plugin may fuse under names of its own, for models that ask for them: `Parts.op(name, unfused=...)`.
 """
