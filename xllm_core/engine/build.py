@@ -86,12 +86,13 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
         device=device, dtype=plan.dtype, ops=ops, kernels=kernels, weights=_weights_in_format(assembly, weights)
     )
     model = assembly.family.build(config, parts)
+    _tell_packed(plan, weights, parts)
     load_weights(assembly.checkpoint, weights, parts, progress=progress)
     return LoadedModel(device, model, kernels, ops, parts, time.perf_counter() - started_s)
 
 
 def _weights_in_format(assembly: Assembly, weights: WeightMap) -> WeightsInFormat | None:
-    """The format that the plan names, or None. Of one that files hold it is said how much of this one is served so."""
+    """The format that the plan names, or None."""
     from xllm_core.runtime.loader import packed_parameters
     from xllm_core.runtime.parts import WeightsInFormat
 
@@ -102,13 +103,20 @@ def _weights_in_format(assembly: Assembly, weights: WeightMap) -> WeightsInForma
     if not plan.quantized_kinds:
         return WeightsInFormat(plan.quantized_ops, quantize=quantization.quantize)
     packed = packed_parameters(assembly.checkpoint, weights, plan.quantized_kinds)
+    return WeightsInFormat(plan.quantized_ops, stack=quantization.stack, packed=packed)
+
+
+def _tell_packed(plan: AssemblyPlan, weights: WeightMap, parts: CoreParts) -> None:
+    """Of a format that files hold: how much of this one is served so."""
+    if plan.quantization is None or not plan.quantized_kinds:
+        return
     matrices = [entry for entry in weights.entries if len(entry.shape) == 2]
-    num_packed = sum(entry.param in packed for entry in matrices)
+    served_so = {name for name, parameter in parts.parameters.items() if parameter.packed is not None}
+    num_packed = sum(entry.param in served_so for entry in matrices)
     log.info(
         "%s: %d of %d matrices are served as the file packs them, %d in %s",
         plan.quantization.name, num_packed, len(matrices), len(matrices) - num_packed, plan.dtype,
     )  # fmt: skip
-    return WeightsInFormat(plan.quantized_ops, stack=quantization.stack, packed=packed)
 
 
 def build_engine(
