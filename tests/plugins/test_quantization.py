@@ -210,7 +210,9 @@ def test_answers_are_those_of_the_unpacked_file(file: str) -> None:
         wide, narrow = plain(x), packed(x)
         error = (wide - narrow).square().mean().sqrt() / wide.square().mean().sqrt()
         assert error < 0.01, (plain.weight.name, error)
-    assert len(said(file, quantization="gguf")["a"]) == 12 and isinstance(blocks.ops["lm_head_blocks"], LmHeadBlocks)
+    assert [len(ids) for ids in said(file, quantization="gguf").values()] == [12] and isinstance(
+        blocks.ops["lm_head_blocks"], LmHeadBlocks
+    )
 
 
 def test_files_without_blocks_are_refused(model: str, file: str, tmp_path: Path) -> None:

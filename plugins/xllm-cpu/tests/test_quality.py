@@ -97,7 +97,7 @@ def rotated(folder: Path) -> Path:
 
 @pytest.mark.nightly
 def test_perplexity_of_blocks_of_a_finer_source(tmp_path: Path) -> None:
-    """Weights that lie on no grid, packed by the `gguf` package: what 4 bits cost is then the weights' own loss, and blocks add next to nothing to it.
+    """Weights that lie on no grid, packed by the `gguf` package: what 4 bits cost is then the weights' own, and blocks add next to nothing.
 
     Killed by: activations of 6 bits, a step per row, a minimum left out.
     """
