@@ -108,22 +108,21 @@ struct RowBlock {
   int32_t unused;
 };
 
+// Plain loops over 32, which compilers turn into vectors. Magnitudes are compared by their bits: those of what is not finite are the largest.
 template <class E> void to_block(const typename E::T* x, int32_t offset, RowBlock* to) {
-  F most = zero(), test = zero();
-  for (int i = 0; i < BLOCK; i += W) {
-    const F part = E::to_float(x + i);
-    most = vmax(vmax(most, part), sub(zero(), part)), test = add(test, mul(part, zero()));  // 0 times what is not finite is NaN
-  }
-  const float span = sum(test) + top(most);
-  const bool is_finite = span <= 0x1.fffffep127f, is_zero = span < 0x1p-100f;
-  const float factor = !is_finite || is_zero ? 0.0f : 127.0f / span;
-  int32_t total = 0;
+  constexpr int32_t INFINITE = 0x7f800000;
+  int32_t most = 0, values[BLOCK], total = 0;
   for (int i = 0; i < BLOCK; i++) {
-    const int32_t value = is_finite ? whole(E::one(x[i]) * factor) : 0;
-    to->values[i] = static_cast<int8_t>(value);
-    total += value;
+    const int32_t magnitude = bits_of(E::one(x[i])) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
   }
-  to->step = !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : span / 127.0f;
+  const bool is_finite = most < INFINITE;
+  const float span = is_finite ? std::bit_cast<float>(most) : 0.0f;
+  const float factor = span < 0x1p-100f ? 0.0f : 127.0f / span;
+  for (int i = 0; i < BLOCK; i++) values[i] = is_finite ? whole(E::one(x[i]) * factor) : 0;
+  for (int i = 0; i < BLOCK; i++) total += values[i];
+  for (int i = 0; i < BLOCK; i++) to->values[i] = static_cast<int8_t>(values[i]);
+  to->step = !is_finite ? __builtin_nanf("") : span < 0x1p-100f ? 0.0f : span / 127.0f;
   to->scaled_sum = to->step * static_cast<float>(total);
   to->start = -offset * total;
   to->unused = 0;
