@@ -11,6 +11,7 @@ TORCH_ARGS ?=
 PIP_ARGS ?=
 ARGS ?=
 JOBS ?= 2
+PEERS_DIR ?= $(VENV)s
 
 BIN     := $(VENV)/bin
 RUN     := $(BIN)/python
@@ -37,10 +38,10 @@ export PROMPT
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint suite nightly bench wheels docs clean
+.PHONY: help setup demo test check lint suite nightly bench bench-peers wheels docs clean
 
 help: ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: $(VENV)/.test-ready ## make .venv with everything that tests need
 
@@ -111,6 +112,12 @@ nightly: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OW
 
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) -m benchmarks.run $(ARGS)
+
+bench-peers: setup ## our engine beside vLLM, llama.cpp and OpenVINO, each in an environment of its own (PEERS_DIR); about an hour
+	@$(RUN) -m benchmarks.peers $(ARGS)
+bench-peers: export PEERS_DIR := $(PEERS_DIR)
+bench-peers: export PIP_ARGS := $(PIP_ARGS)
+bench-peers: export TORCH_ARGS := $(TORCH_ARGS)
 
 wheels: setup ## every distribution as a wheel, in dist/
 	@rm -rf dist

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xllm_core import __version__
+from xllm_core.engine.engine import Engine
 from xllm_core.engine.metrics import early_share
 from xllm_core.frontend.processor import Processor
 from xllm_core.plugins.contracts.observer import StepRecord
@@ -21,13 +22,18 @@ from xllm_core.types import EngineRequest, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of the engine. Every request generates exactly `output_len` tokens."""
+    """What is asked of the engine. Every request generates exactly `output_len` tokens.
+
+    prefix_len: so many of the `input_len` tokens follow from `prefix_seed` alone; they are the same in all requests of all such loads.
+    """
 
     num_prompts: int = 32
     input_len: int = 128
     output_len: int = 128
     temperature: float = 0.0
     seed: int = 0
+    prefix_len: int = 0
+    prefix_seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +49,16 @@ class Result:
 def run_round(processor: Processor, load: Load, *, name: str = "round", show: bool | None = None) -> Result:
     """Submit everything at once and run it to its end."""
     engine = processor.client
-    step_log = _engine(processor).step_log
+    step_log = engine_of(processor).step_log
     chance = random.Random(load.seed)
     vocab = engine.info().vocab_size
     params = SamplingParams(max_tokens=load.output_len, temperature=load.temperature, ignore_eos=True)
+    shared = random.Random(f"prefix {load.prefix_seed}")
+    prefix = tuple(shared.randrange(vocab) for _ in range(load.prefix_len))
     step_log.records.clear()
     started_s = time.perf_counter()
     for i in range(load.num_prompts):
-        prompt = tuple(chance.randrange(vocab) for _ in range(load.input_len))
+        prompt = prefix + tuple(chance.randrange(vocab) for _ in range(load.input_len - load.prefix_len))
         engine.submit(EngineRequest(f"{name}-{i}", prompt, params, seed=load.seed + i))
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -144,7 +152,8 @@ def _ms(values: Sequence[float], q: float) -> float:
     return round(quantile(values, q) * 1e3, 3)
 
 
-def _engine(processor: Processor) -> Any:
+def engine_of(processor: Processor) -> Engine:
+    """The engine behind a processor of this process."""
     from xllm_core.frontend.client import InProcessClient
 
     assert isinstance(processor.client, InProcessClient)

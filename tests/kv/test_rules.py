@@ -32,10 +32,46 @@ def counted(first, num):
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9, 12, 13])
 def test_a_hit_leaves_at_least_one_token_to_compute(new_bench, num_tokens: int) -> None:
-    """The last token's logits are wanted. Mutation: `len(token_ids) // size` in lookup."""
+    """The last token's logits are wanted, and where its block is known it alone is computed. Mutation: `len(token_ids) // size` in lookup."""
+    for kinds in ("full", "full+window"):
+        bench = new_bench(kinds, 16)
+        finish(bench, counted(0, 20))
+        whole = num_tokens % SIZE == 0 and kinds == "full"  # a window may lack what a position inside a block sees
+        expected = num_tokens - 1 if whole else (num_tokens - 1) // SIZE * SIZE
+        assert bench.lookup(counted(0, num_tokens)).num_cached_tokens == expected
+
+
+def test_a_whole_hit_writes_to_a_copy_of_the_last_block(new_bench) -> None:
+    """Others may read the block that the tree knows. Mutation: `_num_committed` that counts the tail."""
     bench = new_bench("full", 16)
-    finish(bench, counted(0, 20))
-    assert bench.lookup(counted(0, num_tokens)).num_cached_tokens == (num_tokens - 1) // SIZE * SIZE
+    finish(bench, counted(0, 9))
+    runs = [bench.admit(counted(0, 8)) for _ in range(2)]
+    assert [row[1:] for row in bench.plan] == [(7, 1), (7, 1)]
+    (first, tail), (second, other) = (run.kv._tables[0] for run in runs)
+    known = [node.blocks[0] for node in bench.manager.lookup(counted(0, 9))._path]
+    assert first == second == known[0] and len({tail, other, known[1]}) == 3
+    bench.step()
+    bench.manager.check_integrity()
+    for run in runs:
+        bench.release(run)
+    bench.step()
+    assert bench.lookup(counted(0, 8)).num_cached_tokens == 7 and bench.manager.stats().cow_copies == 2
+
+
+def test_a_whole_hit_needs_a_block_only_where_another_reads_it(new_bench) -> None:
+    """A prompt that fills the pool is served from the cache, though no block is left for a copy. Mutations: `must_copy` always, or never."""
+    bench = new_bench("full", 3)
+    finish(bench, counted(0, 13)[:12])
+    run = bench.admit(counted(0, 12))
+    assert run is not None and bench.plan[0][1:] == (11, 1), "the block was taken from the tree"
+    assert bench.lookup(counted(0, 12)).num_cached_tokens == 8
+    bench.step()
+    bench.release(run)
+    bench.step()
+    reader, more = bench.admit(counted(0, 9)), bench.lookup(counted(0, 8)).num_cached_tokens
+    assert reader is not None and more == 7
+    assert bench.admit(counted(0, 8)) is None, "its tail is read, and there is no block for a copy"
+    bench.manager.check_integrity()
 
 
 def test_tails_are_evicted_before_heads(new_bench) -> None:

@@ -21,7 +21,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("examples/**/*.md"),
     ]
 )
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 COMMANDS = {spec.name for spec in builtin.xllm_cli() if isinstance(spec, CommandSpec)}
 # Commands of plugins stand under their id, which is that of the entry point.
 COMMANDS |= {
@@ -42,7 +42,9 @@ def wrong_names(text: str, folder: Path) -> list[str]:
     wrong = [f"link to {link}" for link in links if link and not (folder / link).exists()]
     code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
     wrong += [
-        f"make {name}" for name in re.findall(r"(?:^|[`$;&] ?)make ([a-z]+)", code, re.MULTILINE) if name not in TARGETS
+        f"make {name}"
+        for name in re.findall(r"(?:^|[`$;&] ?)make ([a-z-]+)", code, re.MULTILINE)
+        if name not in TARGETS
     ]
     named = re.findall(r"(?:^|[`$;&] ?)(?:\.venv/bin/)?xllm ([a-z][a-z-]*)", code, re.MULTILINE)
     wrong += [f"xllm {name}" for name in named if name not in COMMANDS]
@@ -63,4 +65,16 @@ def test_the_guard_sees() -> None:
     """One wrong name of each kind, and right ones beside them."""
     text = "[a](Makefile) [b](nowhere.md) `make demo` `make tea`\n```\nxllm chat x\nxllm sing\n```\n`[kv] block_size` `[kv] blok`"
     assert wrong_names(text, ROOT) == ["link to nowhere.md", "make tea", "xllm sing", "[kv] blok"]
-    assert {"demo", "test", "check", "setup", "nightly", "bench", "wheels", "docs", "help", "clean"} <= TARGETS
+    assert {
+        "demo",
+        "test",
+        "check",
+        "setup",
+        "nightly",
+        "bench",
+        "bench-peers",
+        "wheels",
+        "docs",
+        "help",
+        "clean",
+    } <= TARGETS

@@ -161,14 +161,16 @@ def test_header_timeout_of_a_second_request(strict: Server) -> None:
 
 
 def test_body_timeouts(strict: Server) -> None:
-    """A pause that is too long, and a body that drips for too long without one."""
-    head = f"{HEAD}Content-Length: 1000\r\n\r\n".encode()
+    """A pause that is too long, and a body that drips for too long without one, on past the answer, which its client reads late."""
+    head = f"{HEAD}Content-Length: {BODY_BYTES}\r\n\r\n".encode()
     with strict.connect() as connection:
         connection.sendall(head + b'{"prom')
         check_refusal(receive(connection), 408, "[server] body_idle_timeout_s = 0.6")
     with strict.connect() as connection:
         connection.sendall(head)
-        writer = threading.Thread(target=drip, args=(connection, b" " * 200, 0.1))
+        # So fast that a byte is unread when the answer is out: a server that closed now would reset the connection.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        writer = threading.Thread(target=drip, args=(connection, b" " * (BODY_BYTES - 1), 0.0002))
         writer.start()
         check_refusal(receive(connection), 408, "[server] body_timeout_s = 1.5")
         writer.join()

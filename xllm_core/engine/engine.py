@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from xllm_core.engine.executor import Executor, StepFuture, StepHandle
 from xllm_core.engine.metrics import StepLog
+from xllm_core.engine.predictor import StepShape
 from xllm_core.engine.scheduler import Scheduler
 from xllm_core.errors import EngineDeadError, InvalidRequestError
 from xllm_core.plugins.contracts.observer import StepRecord
@@ -137,26 +138,31 @@ class Engine:
         scheduler, times = self.scheduler, step.handle.times
         used, total = scheduler.kv.usage()
         self.num_replays += times.is_replayed
-        self.step_log.add(
-            StepRecord(
-                step=step.plan.step,
-                started_s=step.started_s,
-                schedule_s=step.schedule_s,
-                prepare_s=times.prepare_s,
-                forward_s=times.forward_s,
-                sample_s=times.sample_s,
-                emit_s=emit_s,
-                forward_ended_s=times.forward_ended_s,
-                num_rows=len(step.plan.slots),
-                num_tokens=step.plan.num_tokens,
-                num_running=len(scheduler.running),
-                num_waiting=len(scheduler.waiting) + len(scheduler.parked),
-                num_preempted=step.num_preempted,
-                used_blocks=used,
-                total_blocks=total,
-                is_replayed=times.is_replayed,
-            )
+        plan = step.plan
+        shape = StepShape.of(plan.starts, plan.lengths, plan.num_tokens)
+        record = StepRecord(
+            step=plan.step,
+            started_s=step.started_s,
+            schedule_s=step.schedule_s,
+            prepare_s=times.prepare_s,
+            forward_s=times.forward_s,
+            sample_s=times.sample_s,
+            emit_s=emit_s,
+            forward_ended_s=times.forward_ended_s,
+            num_rows=shape.num_rows,
+            num_tokens=plan.num_tokens,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + len(scheduler.parked),
+            num_preempted=step.num_preempted,
+            used_blocks=used,
+            total_blocks=total,
+            is_replayed=times.is_replayed,
+            kv_tokens=shape.kv_tokens,
+            attended=shape.attended,
         )
+        self.step_log.add(record)
+        if scheduler.step_times is not None:
+            scheduler.step_times.add(record)
 
     def _check_ids(self, request_id: str, what: str, token_ids: Sequence[int]) -> None:
         low, high = (min(token_ids), max(token_ids)) if token_ids else (0, 0)

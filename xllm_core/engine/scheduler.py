@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xllm_core.engine.flight import Flight
 from xllm_core.engine.limits import AdmissionLimits
+from xllm_core.engine.predictor import StepShape, StepTimes
 from xllm_core.engine.sequence import Sequence, Status
 from xllm_core.errors import InvalidRequestError, PluginError, QueueFullError
 from xllm_core.kv.manager import KVManager, Lookup, SequenceKV
-from xllm_core.plugins.contracts.scheduler import SchedulerPolicy
+from xllm_core.plugins.contracts.scheduler import SchedulerPolicy, SequenceView
 from xllm_core.types import EngineRequest, FinishReason, StepPlan, StepResult, TokenOutput
 
 
@@ -85,6 +86,7 @@ class Scheduler:
         self._released: list[int] = []
         self._in_flight: deque[Flight] = deque()
         self._num_arrivals = 0
+        self.step_times = StepTimes() if getattr(policy, "uses_step_times", False) else None
         self._step = 0
         self._is_order_stale = False
         self._is_running_unsorted = False
@@ -230,7 +232,7 @@ class Scheduler:
         """
         assert sequence.kv is not None
         while not self.kv.reserve(sequence.kv, end):
-            first = self.policy.victims([s.view() for s in self.running], time.monotonic())[0]
+            first = self.policy.victims([self._view(s) for s in self.running], time.monotonic())[0]
             victim = self.running[first]
             if first < num_planned or victim.sample_step == step:
                 self._is_running_unsorted = True
@@ -245,7 +247,7 @@ class Scheduler:
 
     def _sort_running(self) -> None:
         """The most important first, so that whoever has to give way comes last and is not planned yet."""
-        order = self.policy.victims([s.view() for s in self.running], time.monotonic())
+        order = self.policy.victims([self._view(s) for s in self.running], time.monotonic())
         self.running = [self.running[i] for i in reversed(order)]
         self._is_running_unsorted = False
 
@@ -263,11 +265,19 @@ class Scheduler:
         self.waiting.appendleft(victim)
         self._is_order_stale = True
 
+    def _view(self, sequence: Sequence) -> SequenceView:
+        view = sequence.view()
+        if self.step_times is None or self.step_times.predictor is None:
+            return view
+        num_tokens = min(view.todo_tokens, self.limits.max_num_batched_tokens)
+        shape = StepShape.of((sequence.num_computed,), (num_tokens,), num_tokens)
+        return replace(view, predicted_step_s=self.step_times.predict(shape))
+
     def _chunk(self, sequence: Sequence, todo: int, budget: int) -> int:
         """Tokens of a gap wider than one to compute now; 0 leaves the sequence for a later step."""
         if self.limits.max_chunk_tokens:
             budget = min(budget, self.limits.max_chunk_tokens)
-        want = self.policy.chunk(sequence.view(), budget)
+        want = self.policy.chunk(self._view(sequence), budget)
         if not 0 <= want <= min(todo, budget):
             raise PluginError(
                 f"scheduling policy {type(self.policy).__name__} wants {want} tokens of a sequence that has {todo} to go and a budget of"
@@ -282,7 +292,7 @@ class Scheduler:
         plan = flight.plan
         budget = self.limits.max_num_batched_tokens
         if self.waiting and (self._is_order_stale or not self.policy.is_static):
-            order = self.policy.order([s.view() for s in self.waiting], time.monotonic())
+            order = self.policy.order([self._view(s) for s in self.waiting], time.monotonic())
             waiting = list(self.waiting)
             self.waiting = deque(waiting[i] for i in order)
             self._is_order_stale = False

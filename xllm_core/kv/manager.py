@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm_core.errors import ConfigError, IntegrityError
-from xllm_core.kv.groups import UNBOUNDED_TOKENS, KVGroup, RecurrentGroup, build_group
+from xllm_core.kv.groups import UNBOUNDED_TOKENS, KVGroup, RecurrentGroup, block_at, build_group
 from xllm_core.kv.keys import BlockKeys
 from xllm_core.kv.prefix_tree import Node, PrefixTree
 from xllm_core.kv.sequence import KVStats, Lookup, SequenceKV
@@ -115,7 +115,22 @@ class KVManager:
         found.num_cached_tokens = self._longest_hit(found._path) * size
         if asks_store and self._store is not None:
             self._store.extend(found, limit)
+        if found.num_cached_tokens == limit * size and len(token_ids) == (limit + 1) * size:
+            self._find_tail(found, key, token_ids)
         return found
+
+    def _find_tail(self, found: Lookup, parent_key: bytes, token_ids: Sequence[int]) -> None:
+        """A prompt that ends with a block that is known as well: all of it but its last token is there.
+
+        That token's KV is written to a copy of the block. Only where every position is kept can a sequence begin inside a block.
+        """
+        size = self.block_size
+        if size == 1 or any(group.spec.kind != "full" for group in self._groups):
+            return
+        node = self._tree.nodes.get(self._keys.key(parent_key, token_ids[-size:], found._suffix))
+        if node is not None and all(block is not None for block in node.blocks):
+            found._tail = node
+            found.num_cached_tokens = len(token_ids) - 1
 
     def admit(self, found: Lookup, token_ids: Sequence[int], num_tokens: int, slot: int) -> SequenceKV | None:
         """Give a sequence a slot, the blocks of its device hit, and room for positions below `num_tokens`.
@@ -123,8 +138,7 @@ class KVManager:
         found: the lookup of these `token_ids`, newer than the manager's last change. None: no room now, and no trace.
         """
         self._check_fresh(found)
-        hit = found.num_cached_tokens // self.block_size
-        if not all(group.fits(found._path, hit, num_tokens) for group in self._groups):
+        if not self._fits(found, num_tokens):
             return None
         kv = self._begin(found, token_ids, slot)
         for group in self._groups:
@@ -355,6 +369,18 @@ class KVManager:
                 limit = group.longest_hit(has[group.index], limit)
         return limit
 
+    def _fits(self, found: Lookup, num_tokens: int) -> bool:
+        """Is there room for a sequence that takes this device hit and then writes positions below `num_tokens`?"""
+        hit, tail = found.num_cached_tokens // self.block_size, found._tail
+        if tail is None:
+            return all(group.fits(found._path, hit, num_tokens) for group in self._groups)
+        path = [*found._path[:hit], tail]
+        for group in self._groups:
+            must_copy = not group.pool.is_evictable(block_at(tail, group.index))  # else it may be taken from the tree
+            if not group.fits(path, hit + 1, num_tokens + must_copy * self.block_size):
+                return False
+        return True
+
     def _begin(self, found: Lookup, token_ids: Sequence[int], slot: int) -> SequenceKV:
         """A live sequence that holds the device hit of a lookup."""
         hit = found.num_cached_tokens // self.block_size
@@ -370,8 +396,9 @@ class KVManager:
             _num_computed=found.num_cached_tokens,
             _is_publishing=self.enable_prefix_cache,
         )
+        taken = kv._path if found._tail is None else [*kv._path, found._tail]
         for group in self._groups:
-            group.take(kv, kv._path, hit)
+            group.take(kv, taken, len(taken))
         if kv._path:
             self._tree.pin(kv._path[-1])
         self._live.add(kv)

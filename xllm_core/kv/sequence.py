@@ -11,8 +11,9 @@ from xllm_core.kv.prefix_tree import Node
 class Lookup:
     """What is known of a prompt. Takes no reference: valid until the manager's next change, and checked for that.
 
-    num_cached_tokens: leading tokens found on the device by all groups; a multiple of block_size, and less than the
-        prompt: at least one token is computed. num_store_blocks: further blocks of tokens that a store would bring.
+    num_cached_tokens: leading tokens found on the device by all groups, less than the prompt: at least one token is computed.
+        A multiple of block_size, or all tokens but the last where its block is there too (`_tail`).
+    num_store_blocks: further blocks of tokens that a store would bring.
     is_later: the store does not know yet, or the blocks are on their way for another sequence: wait aside, look up again.
     """
 
@@ -20,6 +21,7 @@ class Lookup:
     num_store_blocks: int = 0
     is_later: bool = False
     _path: list[Node] = field(default_factory=list)
+    _tail: Node | None = None
     _keys: list[bytes] = field(default_factory=list)
     _suffix: bytes = b""
     _generation: int = 0

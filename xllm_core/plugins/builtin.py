@@ -177,6 +177,7 @@ def xllm_cli() -> Iterable[CommandSpec]:
         "run-batch": "Answer a file of requests.",
         "verify": "Prove that switching features on changes no answer.",
         "bench": "Measure throughput or latency of a model.",
+        "profile": "Fit a formula for the time of a step, and show its error.",
         "doctor": "Check this machine, the plugins and what they would choose.",
         "models": "Show a model's facts, or the architectures that can be served.",
         "plan": "Show everything that a start would decide, and what decided it.",

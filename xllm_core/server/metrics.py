@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.registry import Collector
 
 from xllm_core.engine.info import EngineInfo
 from xllm_core.engine.messages import EngineStats
@@ -75,6 +84,22 @@ class _Times:
     last_s: dict[int, float] = field(default_factory=dict)  # of each sequence that has a token
 
 
+class _Renamed(Collector):
+    """A family under another name as well, made when it is scraped and not counted twice."""
+
+    def __init__(self, family: Histogram, name: str, text: str) -> None:
+        self._family, self._name, self._text = family, name, text
+
+    def collect(self) -> Iterator[Metric]:
+        """The family's samples of now."""
+        for metric in self._family.collect():
+            renamed = Metric(self._name, self._text, metric.type)
+            renamed.samples = [
+                sample._replace(name=self._name + sample.name.removeprefix(metric.name)) for sample in metric.samples
+            ]
+            yield renamed
+
+
 class Metrics:
     """A `RequestWatcher`. Label values come from a fixed set: the served name, the engine's number, our own routes and words."""
 
@@ -118,18 +143,16 @@ class Metrics:
 
     def tokens(self, outputs: Sequence[TokenOutput], now_s: float) -> None:
         """What one step brought. A prompt counts in the step that brings its first token."""
-        step_tokens = 0
+        new_tokens = prompt_tokens = 0
         for output in outputs:
             times = self._requests.get(output.request_id)
             new = len(output.new_token_ids)
             if times is None or not new:
                 continue
-            step_tokens += new
-            self._generation_tokens.inc(new)
+            new_tokens += new
             if times.first_s is None:
                 times.first_s = now_s
-                step_tokens += times.num_prompt
-                self._prompt_tokens.inc(times.num_prompt)
+                prompt_tokens += times.num_prompt
                 self._ttft.observe(now_s - times.arrival_s)
             before_s = times.last_s.get(output.index)
             times.last_s[output.index] = now_s
@@ -137,9 +160,10 @@ class Metrics:
                 before_s, new = now_s, new - 1
             for _ in range(new):
                 self._itl.observe((now_s - before_s) / new)
-                self._old_itl.observe((now_s - before_s) / new)
-        if step_tokens:
-            self._step_tokens.observe(step_tokens)
+        if new_tokens:
+            self._generation_tokens.inc(new_tokens)
+            self._prompt_tokens.inc(prompt_tokens)
+            self._step_tokens.observe(new_tokens + prompt_tokens)
 
     def finished(self, output: RequestOutput, now_s: float) -> None:
         """It is over, in whatever way."""
@@ -254,15 +278,18 @@ class Metrics:
         for reason in get_args(FinishReason):
             self._success.labels(**self._labels, finished_reason=reason)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], old_name: str = "") -> Histogram:
         family = Histogram(f"vllm:{name}", text, ["model_name", "engine"], buckets=buckets, registry=self.registry)
+        if old_name:
+            self.registry.register(_Renamed(family, f"vllm:{old_name}", f"As vllm:{name}"))
         return family.labels(**self._labels)
 
     def _make_histograms(self) -> None:
         make = self._histogram
         self._ttft = make("time_to_first_token_seconds", "Arrival to first token", _SHORT)
-        self._itl = make("inter_token_latency_seconds", "Between two tokens of a request", _SHORT)
-        self._old_itl = make("time_per_output_token_seconds", "As vllm:inter_token_latency_seconds", _SHORT)
+        self._itl = make(
+            "inter_token_latency_seconds", "Between two tokens of a request", _SHORT, "time_per_output_token_seconds"
+        )
         self._tpot = make("request_time_per_output_token_seconds", "Mean per further token of a request", _SHORT)
         self._e2e = make("e2e_request_latency_seconds", "Arrival to end", _LONG)
         self._queue_time = make("request_queue_time_seconds", "Arrival to first step", _LONG)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import sys
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +19,7 @@ from xllm_core.server.guard import headers_too_large
 from xllm_core.server.problems import describe
 from xllm_core.server.stream import cut
 
-_LINGER_S = 1.0
+_LINGER_S = 2.0
 _CHUNK_BYTES = 5  # the shortest header and footer that a chunk can have
 _log = logging.getLogger("xllm.serve")
 
@@ -44,8 +45,15 @@ class CountingConnection(h11.Connection):
         return event
 
 
+class _AnsweringTransport:
+    """What a request writes its answer to. Its end is the protocol's business: the client may still be sending."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+
+
 class ServerProtocol(H11Protocol):
-    """One connection. Its transport stands in `scope["state"]["transport"]`, for whoever has to cut it.
+    """One connection. Its transport stands in `scope["state"]["transport"]`, for whoever has to cut it, and its `FlowControl` in "flow".
 
     Bind limits with `limited`: uvicorn makes instances itself.
     """
@@ -58,10 +66,11 @@ class ServerProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count it, and give it a time for its first request."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "transport": transport}
+        self.app_state = {**self.app_state, "transport": transport, "flow": self.flow}
         self._deadline: asyncio.TimerHandle | None = None
         self._unsent_check: asyncio.TimerHandle | None = None
-        self._is_refused = False
+        self._is_ending = False
+        self._answering = _AnsweringTransport(transport, self._close_answered)
         self.conn = CountingConnection(h11.SERVER, self.max_header_bytes)
         if len(self.connections) > self.max_connections:
             self._refuse(
@@ -82,15 +91,24 @@ class ServerProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; a request that is not whole yet runs against the clock."""
-        if self._is_refused:
+        if self._is_ending:
             return  # read, so that the client gets to reading its answer
         super().data_received(data)
         if len(self.conn.trailing_data[0]) < self.max_header_bytes:
             self.flow.resume_reading()  # stopped for a request that waits behind another, it would not notice that the client leaves
         self._set_clock()
 
+    def handle_events(self) -> None:
+        """Give what was parsed to the application, and each new request the transport that ends well."""
+        super().handle_events()
+        if self.cycle is not None:
+            self.cycle.transport = self._answering  # type: ignore[assignment]
+
     def on_response_complete(self) -> None:
         """A response went out, as far as the client takes it."""
+        if self._is_ending:
+            self.server_state.total_requests += 1
+            return
         super().on_response_complete()
         self._set_clock()
         self._watch_unsent(self.transport.get_write_buffer_size())
@@ -108,7 +126,7 @@ class ServerProtocol(H11Protocol):
         self._refuse(HttpRefusal(f"not a valid HTTP request: {reason}", status=400, code="invalid_http"))
 
     def _set_clock(self) -> None:
-        if self._is_refused:
+        if self._is_ending:
             return
         if self._is_waiting_for_client() and not self.transport.is_closing():
             self._watch()
@@ -155,18 +173,29 @@ class ServerProtocol(H11Protocol):
 
     def _refuse(self, error: HttpRefusal) -> None:
         """Write one response by hand, if none has begun, and close."""
-        if self.transport.is_closing() or self._is_refused:
+        if self.transport.is_closing() or self._is_ending:
             return
-        self._is_refused = True
-        self.connections.discard(self)  # those that were turned away keep nobody out
-        self._unwatch()
-        self._unset_keepalive_if_required()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(_written(error))
         if self.cycle is not None:
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
             self.cycle.message_event.set()
-        # Closed at once, a connection with unread data is reset, and the client may never see its answer.
+        self._linger()
+
+    def _close_answered(self) -> None:
+        """The end of a connection whose last answer is out; of one whose request is not all here yet, in peace."""
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Say that nothing more comes, and pass over for a while what does. Closed at once, a connection with unread data is reset, and
+        the client may never see its answer."""
+        self._is_ending = True
+        self.connections.discard(self)  # those that were turned away keep nobody out
+        self._unwatch()
+        self._unset_keepalive_if_required()
         with contextlib.suppress(OSError):  # the client has gone already
             self.transport.write_eof()
         self.flow.resume_reading()

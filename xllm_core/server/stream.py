@@ -7,12 +7,14 @@ import contextlib
 import logging
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from xllm_core.errors import XllmError
 from xllm_core.frontend.serving import Answer, Serving
@@ -159,9 +161,17 @@ class EventStream(Response):
         self._refuse = refuse
         self._on_gone = on_gone
         self._has_begun = False
+        self._flow: FlowControl | None = None
+        self._is_silent = False
+        self._spoke_s = 0.0
+        self._comment_timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Send until the answer, the client or the server ends."""
+        self._flow = scope["state"]["flow"]  # as `transport`, put there by `server.protocol`
+        if self._comment_interval_s:
+            self._spoke_s = time.monotonic()
+            self._set_comment_timer(self._comment_interval_s)
         writer = asyncio.ensure_future(self._write(send))
         leaver = asyncio.ensure_future(wait_disconnect(receive))
         try:
@@ -175,10 +185,12 @@ class EventStream(Response):
                     "a client took nothing of its stream for %g s ([server] write_timeout_s) and was dropped",
                     self._write_timeout_s,
                 )
-                cut(scope["state"]["transport"])  # which `server.protocol` put there
+                cut(scope["state"]["transport"])
             elif error is not None:
                 raise error
         finally:
+            if self._comment_timer is not None:
+                self._comment_timer.cancel()
             self._serving.abort(self._answer)
             for task in (writer, leaver):
                 task.cancel()
@@ -213,27 +225,35 @@ class EventStream(Response):
             if is_finished:
                 yield b"".join(self._chunks.last())
                 return
-            if await self._is_silent():
+            await answer.news()
+            if self._is_silent:
+                self._is_silent = False
                 yield COMMENT
 
-    async def _is_silent(self) -> bool:
-        """Wait for news; True if none came for so long that the client should hear that we live."""
-        if not self._comment_interval_s:
-            await self._answer.news()
-            return False
-        try:
-            async with asyncio.timeout(self._comment_interval_s):
-                await self._answer.news()
-        except TimeoutError:
-            return True
-        return False
+    def _set_comment_timer(self, delay_s: float) -> None:
+        self._comment_timer = asyncio.get_running_loop().call_later(delay_s, self._look_for_silence)
+
+    def _look_for_silence(self) -> None:
+        """One timer that looks again and again: one set anew for every token would cost more than the token's JSON."""
+        left_s = self._spoke_s + self._comment_interval_s - time.monotonic()
+        if left_s <= 0:
+            self._is_silent = True
+            self._answer.wake()
+        self._set_comment_timer(left_s if left_s > 0 else self._comment_interval_s)
 
     async def _put(self, send: Send, piece: bytes) -> None:
+        self._spoke_s = time.monotonic()
+        if self._flow is not None and not self._flow.write_paused:  # nothing to wait for, so no timer either
+            await self._send(send, piece)
+            return
         async with asyncio.timeout(self._write_timeout_s):
-            if not self._has_begun:
-                self._has_begun = True
-                await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self._send(send, piece)
+
+    async def _send(self, send: Send, piece: bytes) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 async def wait_disconnect(receive: Receive) -> None:

@@ -13,6 +13,7 @@ class StepRecord:
 
     started_s, forward_ended_s: `time.perf_counter` when scheduling began, and when the worker had made its last call of the forward. A
     step was planned while the one before it ran if it started before that one's forward had ended. is_replayed: from a recorded graph.
+    kv_tokens: positions whose KV the rows read. attended: pairs of a new token and a position it sees.
     """
 
     step: int
@@ -31,6 +32,8 @@ class StepRecord:
     used_blocks: int
     total_blocks: int
     is_replayed: bool = False
+    kv_tokens: int = 0
+    attended: int = 0
 
 
 class Observer(Protocol):

@@ -12,7 +12,8 @@ class SequenceView:
     """A snapshot of one sequence. Times are monotonic seconds; tokens are counts.
 
     todo_tokens: known but not computed. arrival_order: 0 for the first that ever came, kept over preemptions.
-    predicted_step_s, deadline_s: None until something predicts or asks for them.
+    deadline_s: None until something asks for one. predicted_step_s: seconds of a step that computes `todo_tokens` of this sequence alone, as
+    far as a step may go; None for a policy that does not say `uses_step_times`, and until enough steps have been measured.
     """
 
     request_id: str
@@ -30,7 +31,10 @@ class SequenceView:
 
 
 class SchedulerPolicy(Protocol):
-    """Called only when there is a choice: something waits, a chunk must be cut, or blocks ran out."""
+    """Called only when there is a choice: something waits, a chunk must be cut, or blocks ran out.
+
+    A policy that has `uses_step_times = True` as well gets `SequenceView.predicted_step_s`, fitted from the steps measured so far.
+    """
 
     is_static: bool
     """True if `order` depends on no clock and no progress: the core then calls it only when the queue changed."""
