@@ -69,32 +69,36 @@ inline I low_half(I x) { return each<I>([&](int i) { return x.v[i] & 0x0f0f0f0f;
 inline I high_half(I x) { return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(x.v[i]) >> 4 & 0x0f0f0f0fu); }); }
 #endif
 
-// A code of the format, with its offset. codes: [n][k], or [n][k / 2] bytes, each with a block's column j and j + 16.
-inline uint8_t code_at(const uint8_t* row, int64_t at, Kind kind) {
-  if (!kind.is_4_bit) return static_cast<uint8_t>(row[at] ^ 0x80);
-  const uint8_t both = row[at / BLOCK * (BLOCK / 2) + at % (BLOCK / 2)];
-  return at % BLOCK < BLOCK / 2 ? both & 15 : both >> 4;
+// The codes of a block [32] or [16], four columns a word, to every NR-th word. Bytes of a word are kept apart by masks, so their order does not matter.
+inline void pack_codes(const uint8_t* from, bool is_4_bit, char* to) {
+  constexpr uint32_t LOW = 0x0f0f0f0f;
+  uint32_t words[BLOCK / P], out[BLOCK / P];
+  const int count = (is_4_bit ? BLOCK / 2 : BLOCK) / P;
+  std::memcpy(words, from, static_cast<size_t>(count) * P);
+  if (is_4_bit) {  // columns 0 .. 15 are the low halves of 16 bytes, 16 .. 31 the high ones
+    for (int i = 0; i < 2; i++) {
+      const uint32_t first = words[2 * i], second = words[2 * i + 1];
+      out[i] = (first & LOW) | (second & LOW) << 4, out[2 + i] = (first >> 4 & LOW) | (second & ~LOW);
+    }
+  } else {
+    for (int i = 0; i < count; i++) out[i] = words[i] ^ 0x80808080u;
+  }
+  for (int i = 0; i < count; i++) std::memcpy(to + i * NR * P, out + i, P);
 }
 
 void pack(const uint8_t* codes, const uint16_t* scales, const uint16_t* minimums, int64_t n, int64_t k, Kind kind, bool fuses, char* out) {
-  const int64_t num_blocks = k / BLOCK, row_bytes = kind.is_4_bit ? k / 2 : k;
+  const int64_t num_blocks = k / BLOCK, bytes = kind.code_bytes() / NR;
   parallel_for(num_panels(n, fuses), [&](int64_t panel) {
     for (int lane = 0; lane < NR; lane++) {
       const int64_t row = source_row(panel, lane, n, fuses);
       char* to = out + panel * kind.panel_bytes(k);
       for (int64_t block = 0; block < num_blocks; block++, to += kind.block_bytes()) {
+        const uint8_t nothing[BLOCK] = {};  // whatever it stands for, its scale is 0
         const uint16_t none = 0;
-        std::memcpy(to + lane * HALF, row >= 0 ? scales + row * num_blocks + block : &none, HALF);
-        if (kind.has_minimums) std::memcpy(to + (NR + lane) * HALF, row >= 0 ? minimums + row * num_blocks + block : &none, HALF);
-        char* bytes = to + kind.block_bytes() - kind.code_bytes();
-        const auto code = [&](int column) {
-          return row >= 0 ? code_at(codes + row * row_bytes, block * BLOCK + column, kind) : static_cast<uint8_t>(kind.offset());
-        };
-        for (int i = 0; i < kind.code_bytes() / NR; i++) {
-          const int step = i / P, p = i % P;
-          const int value = kind.is_4_bit ? code(2 * P * step + p) | code(2 * P * step + P + p) << 4 : code(i);
-          bytes[(step * NR + lane) * P + p] = static_cast<char>(value);
-        }
+        const int64_t at = row * num_blocks + block;
+        std::memcpy(to + lane * HALF, row >= 0 ? scales + at : &none, HALF);
+        if (kind.has_minimums) std::memcpy(to + (NR + lane) * HALF, row >= 0 ? minimums + at : &none, HALF);
+        pack_codes(row >= 0 ? codes + at * bytes : nothing, kind.is_4_bit, to + kind.block_bytes() - kind.code_bytes() + lane * P);
       }
     }
   });
