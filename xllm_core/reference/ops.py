@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from xllm_core.errors import ConfigError
+from xllm_core.plugins.contracts.ops import BLOCK_COLUMNS
 from xllm_core.reference.quantization import block_rows, int8_rows, unpacked_4_bit
 
 if TYPE_CHECKING:
@@ -113,29 +114,29 @@ class LinearBlocks:
 
     def prepare(
         self, weight: tuple[torch.Tensor, ...], bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """weight: codes, scales and maybe minimums, as `reference.quantization.Gguf` stacks them. Here every code gets a byte."""
-        codes, scales, *rest = weight
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """weight: codes, scales and maybe minimums, as `reference.quantization.Gguf` stacks them. Laid out by block, a byte for every code."""
+        codes, *factors = weight
         if codes.dtype == torch.uint8:
-            codes = unpacked_4_bit(codes, has_minimums=bool(rest))
-        return codes, scales, rest[0] if rest else None, None if bias is None else bias.float()
+            codes = unpacked_4_bit(codes, has_minimums=len(factors) > 1)
+        by_block = codes.view(len(codes), -1, BLOCK_COLUMNS).transpose(0, 1).contiguous()
+        return by_block, tuple(factor.T.float() for factor in factors), None if bias is None else bias.float()
 
     def __call__(
-        self, x: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+        self, x: torch.Tensor, prepared: tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]
     ) -> torch.Tensor:
         """x: [T, in]. Returns [T, out] in x's dtype."""
-        codes, scales, minimums, bias = prepared
+        codes, (scales, *minimums), bias = prepared
         values, steps = block_rows(x)
         sums_of_x = steps * values.sum(2)
-        out = torch.zeros(len(x), len(codes), device=x.device)
-        for start in range(0, len(codes), _TILE_ROWS // 4):
-            rows = slice(start, start + _TILE_ROWS // 4)
-            tile = codes[rows].float().view(-1, *values.shape[1:])
-            for block in range(values.shape[1]):
-                sums = F.linear(values[:, block], tile[:, block])
-                term = sums * (steps[:, block, None] * scales[rows, block].float())
-                if minimums is not None:
-                    term += sums_of_x[:, block, None] * minimums[rows, block].float()
+        out = torch.zeros(len(x), codes.shape[1], device=x.device)
+        for start in range(0, codes.shape[1], _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            for block in range(len(codes)):
+                sums = F.linear(values[:, block], codes[block, rows].float())
+                term = sums * (steps[:, block, None] * scales[block, rows])
+                if minimums:
+                    term += sums_of_x[:, block, None] * minimums[0][block, rows]
                 out[:, rows] += term
         return self._rounded(out if bias is None else out + bias, x.dtype)
 
