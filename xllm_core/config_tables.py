@@ -45,7 +45,8 @@ class ModelTable(Table):
     quantization: str | None = Field(
         None,
         min_length=1,
-        description="Format that weights are turned into at load, as PLUGIN/NAME or NAME, such as int8; default is none.",
+        description="Format of the weights, as PLUGIN/NAME or NAME: int8 turns them into it at load, gguf serves a GGUF file's 4- and 8-bit blocks "
+        "as they are; default is none: weights in dtype.",
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; default is the model's own.")
 

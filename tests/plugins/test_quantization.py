@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Kind
 
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.config import Settings
@@ -17,7 +19,9 @@ from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import AssemblyPlan
 from xllm_core.plugins.resolve import Assembly, assemble
+from xllm_core.reference.ops import LmHeadBlocks
 from xllm_core.testing.driving import drive
+from xllm_core.testing.tiny_gguf import write_tiny_gguf
 from xllm_core.types import EngineRequest, SamplingParams
 
 BARE = """
@@ -154,3 +158,74 @@ def test_why_tells() -> None:
         assert all(word in text for word in words) and "silu" not in text, text
     made = Settings.from_flags(device=DEVICE)
     assert "chosen   core/linear_int8" in why("op.linear_int8", made, PluginManager.discover(made))
+
+
+MIXED = {
+    "v_proj": Kind.Q8_0,
+    "o_proj": Kind.F16,
+    "gate_proj": Kind.F32,
+    "down_proj": Kind.Q4_0,
+    "embed_tokens": Kind.Q8_0,
+}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tied Llama in one file: a stack of two kinds, one with a plain part, and a plain matrix; the rest Q4_1."""
+    source = make_tiny("llama", tmp_path_factory.mktemp("source"), tie_word_embeddings=True)
+    return str(
+        write_tiny_gguf(source, source / "m.gguf", kind_of=lambda name: MIXED.get(name.split(".")[-2], Kind.Q4_1))
+    )
+
+
+def test_a_file_is_served_as_it_is(file: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks where all of a parameter has them, else plain weights, which is said once. Killed by: unpacking all, or a stack in halves."""
+    plan = assembled(file, quantization="gguf").plan
+    assert plan.quantized_kinds == ("Q4_0", "Q4_1", "Q8_0") and AssemblyPlan.from_json(plan.to_json()) == plan
+    assert plan.quantized_ops == {"linear": "linear_blocks", "lm_head": "lm_head_blocks"}
+    assert {"linear_blocks", "lm_head_blocks", "linear", "lm_head"} <= set(plan.ops), (
+        "what is plain in the file needs its ops too"
+    )
+    with caplog.at_level("INFO", "xllm.engine"):
+        loaded = load_model(assembled(file, quantization="gguf"), settings(file, quantization="gguf"))
+    said_so = [record.getMessage() for record in caplog.records if "as the file packs them" in record.getMessage()]
+    assert said_so == ["core/gguf: 9 of 15 matrices are served as the file packs them, 6 in float32"]
+    held = {linear.weight.name: linear._prepared for linear in loaded.parts._linears}
+    is_packed = {name: prepared[0].dtype == torch.int8 for name, prepared in held.items()}
+    for layer in range(2):
+        names = {"qkv": True, "o": False, "gate_up": False, "down": True}
+        assert {part: is_packed[f"layers.{layer}.{part}.weight"] for part in names} == names
+    assert is_packed["embed.weight"]
+
+
+def test_answers_are_those_of_the_unpacked_file(file: str) -> None:
+    """The weights are the same numbers, so what activations lose is all that differs. Killed by: rows in the file's order, a stack out of order."""
+    reference, blocks = (
+        load_model(assembled(file, quantization=q), settings(file, quantization=q)) for q in (None, "gguf")
+    )
+    torch.manual_seed(0)
+    for plain, packed in zip(reference.parts._linears, blocks.parts._linears, strict=True):
+        assert plain.weight.name == packed.weight.name
+        x = torch.randn(5, plain.weight.shape[1])
+        wide, narrow = plain(x), packed(x)
+        error = (wide - narrow).square().mean().sqrt() / wide.square().mean().sqrt()
+        assert error < 0.01, (plain.weight.name, error)
+    assert [len(ids) for ids in said(file, quantization="gguf").values()] == [12] and isinstance(
+        blocks.ops["lm_head_blocks"], LmHeadBlocks
+    )
+
+
+def test_files_without_blocks_are_refused(model: str, file: str, tmp_path: Path) -> None:
+    """With the format that opened it, what it holds, and what to do. Killed by: serving it unpacked without a word."""
+    with pytest.raises(ResolutionError) as caught:
+        assembled(model, quantization="gguf")
+    words = str(caught.value)
+    assert (
+        "core/safetensors, gives no weight packed" in words
+        and "Q4_0, Q4_1, Q8_0" in words
+        and "leave the setting out" in words
+    )
+    plain = write_tiny_gguf(Path(model), tmp_path / "plain.gguf", kind_of=lambda name: Kind.F16)
+    with pytest.raises(ResolutionError, match=r"plain.gguf holds none that is packed"):
+        assembled(str(plain), quantization="gguf")
+    assert assembled(str(plain), quantization="int8").plan.quantized_kinds == ()

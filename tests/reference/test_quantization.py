@@ -1,13 +1,23 @@
-"""The format "int8" and its ops: sums are exact, and the loss is the one that the format has."""
+"""The formats "int8" and "gguf" and their ops: sums are exact, and the loss is the one that the format has."""
 
 from __future__ import annotations
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
+from xllm_core.plugins import PackedTensor
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.reference.ops import LinearInt8, LinearSiluMulInt8, LmHeadInt8
-from xllm_core.reference.quantization import Int8, int8_rows
+from xllm_core.reference.ops import (
+    LinearBlocks,
+    LinearInt8,
+    LinearSiluMulBlocks,
+    LinearSiluMulInt8,
+    LmHeadBlocks,
+    LmHeadInt8,
+)
+from xllm_core.reference.quantization import Gguf, Int8, block_rows, int8_rows
 
 DEVICE = ReferenceDevice(0)
 
@@ -73,3 +83,79 @@ def test_bias_and_rounding() -> None:
     assert torch.equal(biased, (head + bias.float()).bfloat16())
     fused = LinearSiluMulInt8(DEVICE)
     assert torch.equal(fused(x, fused.prepare(made, bias)), torch.nn.functional.silu(biased[:, :5]) * biased[:, 5:])
+
+
+def packed(kind: str, *shape: int) -> tuple[PackedTensor, torch.Tensor]:
+    """A random weight as the `gguf` package packs it, and what that package unpacks."""
+    values = torch.randn(*shape).numpy()
+    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    blocks = torch.from_numpy(raw.view(np.uint8).copy()).view(shape[0], shape[1] // 32, -1)
+    return PackedTensor(kind, blocks), torch.from_numpy(
+        gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).copy()
+    )
+
+
+@pytest.mark.parametrize(
+    "kinds", [("Q4_0",), ("Q4_1",), ("Q8_0",), ("Q4_1", "Q4_1", "Q4_1"), ("Q4_0", "Q4_1", "Q8_0"), ("Q8_0", "Q4_0")]
+)
+def test_blocks_mean_what_the_file_says(kinds: tuple[str, ...]) -> None:
+    """Against the `gguf` package's own unpacking, alone, stacked, mixed. Killed by: halves exchanged, an offset forgotten, rows out of order."""
+    torch.manual_seed(5)
+    made = [packed(kind, rows, 96) for kind, rows in zip(kinds, (5, 3, 7), strict=False)]
+    weight = Gguf().stack([tensor for tensor, _ in made])
+    exact = torch.cat([values for _, values in made])
+    x = torch.randint(-127, 128, (4, 96)).float()
+    x[:, ::32] = 127  # steps of one: nothing is lost
+    op = LmHeadBlocks(DEVICE)
+    found = op(x, op.prepare(weight, None))
+    assert torch.allclose(found.double(), x.double() @ exact.double().T, rtol=1e-5, atol=1e-4)
+    assert weight[0].dtype == (torch.uint8 if set(kinds) <= {"Q4_0"} or set(kinds) <= {"Q4_1"} else torch.int8)
+    assert len(weight) == (3 if "Q4_1" in kinds else 2)
+
+
+def test_mixed_kinds_change_no_bit() -> None:
+    """Rows of a stack of several kinds are those of each kind alone. Killed by: codes that lose something on their way to 8 bits."""
+    torch.manual_seed(6)
+    tensors = [packed(kind, 4, 64)[0] for kind in ("Q4_1", "Q8_0", "Q4_0")]
+    op, x = LmHeadBlocks(DEVICE), torch.randn(3, 64)
+    alone = [op(x, op.prepare(Gguf().stack([tensor]), None)) for tensor in tensors]
+    assert torch.equal(op(x, op.prepare(Gguf().stack(tensors), None)), torch.cat(alone, 1))
+
+
+def test_blocks_of_activations() -> None:
+    """A step per 32, from the largest magnitude; halves to even; nothing stays nothing, and what is not finite is told where it is."""
+    x = torch.zeros(2, 96)
+    x[0, :5] = torch.tensor([127.0, -127.0, 0.5, 1.5, -2.5])
+    x[0, 32], x[0, 64], x[1, 0], x[1, 40] = 254.0, 1e-38, float("inf"), 1.0
+    values, steps = block_rows(x)
+    assert values[0, 0, :5].tolist() == [127, -127, 0, 2, -2] and values[0, 1, 0] == 127
+    assert steps[0].tolist() == [1, 2, 0] and bool(steps[1, 0].isnan()) and steps[1, 1] == pytest.approx(1 / 127)
+    assert not bool(values[1, 0].any())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_the_loss_of_blocks_is_that_of_activations(kind: str) -> None:
+    """Weights are taken as they are; x's step s adds s**2 / 12 per factor. Killed by: a step per row, which the large element here would spoil."""
+    torch.manual_seed(7)
+    tensor, exact = packed(kind, 256, 576)
+    x = torch.randn(32, 576)
+    x[:, 0] = 60
+    op = LmHeadBlocks(DEVICE)
+    error = op(x, op.prepare(Gguf().stack([tensor]), None)).double() - x.double() @ exact.double().T
+    steps = x.double().view(32, 18, 32).abs().amax(2) / 127
+    noise = (steps.square() / 12).repeat_interleave(32, 1) @ exact.double().square().T
+    assert float((error.square() / noise).mean()) == pytest.approx(31 / 32, abs=0.1)  # the largest of a block is met
+
+
+def test_the_fusion_of_blocks() -> None:
+    """It is the two ops; the bias is added before."""
+    torch.manual_seed(8)
+    weight, x, bias = (
+        Gguf().stack([packed("Q4_1", 10, 64)[0]]),
+        torch.randn(4, 64).bfloat16(),
+        torch.randn(10).bfloat16(),
+    )
+    plain, wide, fused = LinearBlocks(DEVICE), LmHeadBlocks(DEVICE), LinearSiluMulBlocks(DEVICE)
+    biased = plain(x, plain.prepare(weight, bias))
+    assert torch.equal(biased, (wide(x, wide.prepare(weight, None)) + bias.float()).bfloat16())
+    assert torch.equal(fused(x, fused.prepare(weight, bias)), torch.nn.functional.silu(biased[:, :5]) * biased[:, 5:])

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.tiny_gguf import make_tiny_gguf
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.errors import ModelError
 from xllm_core.models.llama import Llama
 from xllm_core.runtime.formats.gguf_file import GGUF
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
 from xllm_core.testing.model_harness import Harness
+from xllm_core.testing.tiny_gguf import write_tiny_gguf
 
 Damage = Callable[[Path], None]
 
@@ -302,7 +302,7 @@ FILES: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_gguf(good: Path, tmp_path: Path, name: str) -> None:
     """See the table."""
-    path = make_tiny_gguf(good, tmp_path / "m.gguf")
+    path = write_tiny_gguf(good, tmp_path / "m.gguf")
     damage, says = FILES[name]
     damage(path)
     with pytest.raises(ModelError) as caught:
@@ -322,7 +322,7 @@ def test_any_single_flipped_byte_of_a_header(good: Path, tmp_path: Path, value: 
     folder.mkdir()
     for file in good.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    packed = make_tiny_gguf(good, tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": ["a", "b"]})
+    packed = write_tiny_gguf(good, tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": ["a", "b"]})
     for path, length in ((folder / "model.safetensors", 600), (packed, 1500)):
         whole = path.read_bytes()
         for at in range(0, length, 5):
@@ -343,7 +343,7 @@ def test_unreadable_files_say_so(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    path = make_tiny_gguf(copy, copy / "m.gguf")
+    path = write_tiny_gguf(copy, copy / "m.gguf")
     monkeypatch.setattr(Path, "open", refuse)
     for act in (lambda: SafetensorsDirectory().open(copy), lambda: GGUF().open(path)):
         with pytest.raises(ModelError, match="Permission denied"):

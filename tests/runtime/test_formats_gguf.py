@@ -17,17 +17,18 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Kind
 
-from tests.fixtures.tiny_gguf import make_tiny_gguf
 from tests.fixtures.tiny_models import load_oracle, make_tiny
 from xllm_core.errors import ModelError, ModelFormatError
 from xllm_core.models.llama import Llama
 from xllm_core.models.qwen import Qwen2, Qwen3
+from xllm_core.plugins import HoldsPacked
 from xllm_core.runtime.formats import gguf_tokenizer
 from xllm_core.runtime.formats.gguf_file import GGUF, GGUFCheckpoint
 from xllm_core.runtime.formats.gguf_quants import unpack
 from xllm_core.runtime.formats.package import Package
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
 from xllm_core.testing.model_harness import Harness
+from xllm_core.testing.tiny_gguf import write_tiny_gguf
 
 PACKED = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1]
 TOKENS = torch.randint(0, 128, (19,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -61,7 +62,7 @@ def test_unpacking_equals_the_gguf_package(kind: Kind) -> None:
 def test_a_file_equals_its_directory(tmp_path: Path, kind: str, family: type, is_tied: bool) -> None:
     """Configuration, names, order of rows and logits. Killed by: queries left interleaved, a missing head taken for an error, a name unmapped."""
     source = make_tiny(kind, tmp_path / "hf", tie_word_embeddings=is_tied)
-    ours, theirs = open_file(make_tiny_gguf(source, tmp_path / "m.gguf")), SafetensorsDirectory().open(source)
+    ours, theirs = open_file(write_tiny_gguf(source, tmp_path / "m.gguf")), SafetensorsDirectory().open(source)
     assert theirs is not None
     assert family().read(ours.config) == family().read(theirs.config)
     assert ours.tensors() == theirs.tensors()
@@ -75,7 +76,7 @@ def test_a_file_equals_its_directory(tmp_path: Path, kind: str, family: type, is
 def test_biases_of_llama_are_reordered_too(tmp_path: Path) -> None:
     """Killed by: reordering matrices only."""
     source = make_tiny("llama", tmp_path / "hf", attention_bias=True)
-    ours, theirs = open_file(make_tiny_gguf(source, tmp_path / "m.gguf")), SafetensorsDirectory().open(source)
+    ours, theirs = open_file(write_tiny_gguf(source, tmp_path / "m.gguf")), SafetensorsDirectory().open(source)
     assert theirs is not None
     assert ours.config["attention_bias"] is True
     for part in ("q_proj", "k_proj", "v_proj"):
@@ -86,7 +87,9 @@ def test_biases_of_llama_are_reordered_too(tmp_path: Path) -> None:
 def test_packed_tensors_load(directory: Path, tmp_path: Path) -> None:
     """A mixture, as real files are. Killed by: one dtype assumed for all."""
     kinds = {"q_proj": Kind.Q4_0, "k_proj": Kind.Q4_1, "v_proj": Kind.Q8_0, "o_proj": Kind.F16, "gate_proj": Kind.BF16}
-    path = make_tiny_gguf(directory, tmp_path / "m.gguf", kind_of=lambda name: kinds.get(name.split(".")[-2], Kind.F32))
+    path = write_tiny_gguf(
+        directory, tmp_path / "m.gguf", kind_of=lambda name: kinds.get(name.split(".")[-2], Kind.F32)
+    )
     checkpoint = open_file(path)
     dtypes = {info.dtype for info in checkpoint.tensors().values()}
     assert dtypes == {"float32", "float16", "bfloat16"}
@@ -98,7 +101,7 @@ def test_packed_tensors_load(directory: Path, tmp_path: Path) -> None:
 
 def test_an_unread_quantisation_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
     """Killed by: a KeyError at load, after minutes."""
-    path = make_tiny_gguf(
+    path = write_tiny_gguf(
         directory, tmp_path / "m.gguf", kind_of=lambda name: Kind.Q5_0 if "down" in name else Kind.F32
     )
     with pytest.raises(ModelFormatError, match=r"blk\.0\.ffn_down.*Q5_0.*Q4_1"):
@@ -137,7 +140,7 @@ def test_rope_scaling_is_read(
     directory: Path, tmp_path: Path, metadata: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     """Killed by: ignoring any of these keys."""
-    checkpoint = open_file(make_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata))
+    checkpoint = open_file(write_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata))
     assert checkpoint.config["rope_parameters"] == expected
     Llama().shape(checkpoint.config)
 
@@ -159,7 +162,7 @@ def test_rope_frequencies_in_a_tensor_are_used(tmp_path: Path) -> None:
     scaled = inverse_frequencies(Llama().read(checkpoint.config).rope)[0]
     plain = 1.0 / (10000.0 ** (torch.arange(0, 8, 2).float() / 8))
     factors = (plain / scaled).numpy()
-    path = make_tiny_gguf(
+    path = write_tiny_gguf(
         source, tmp_path / "m.gguf", edit=lambda writer: writer.add_tensor("rope_freqs.weight", factors)
     )
     ours = open_file(path)
@@ -189,7 +192,7 @@ def test_metadata_that_is_refused(directory: Path, tmp_path: Path, name: str) ->
     """File and key are named. Killed by: ignoring the key, an exception of another kind."""
     metadata, word = REFUSED[name]
     replaced = metadata.pop("general.architecture", None)
-    path = make_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata)
+    path = write_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata)
     if replaced is not None:
         path.write_bytes(
             path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0" + str(replaced).encode())
@@ -206,23 +209,23 @@ def test_tokenizer_facts(directory: Path, tmp_path: Path) -> None:
         "tokenizer.ggml.tokens": [f"<{index}>" for index in range(3000)], "tokenizer.chat_template": "{{ x }}", "tokenizer.ggml.pre": "strange",
         "tokenizer.ggml.add_bos_token": True,
     }  # fmt: skip
-    facts = open_file(make_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata)).tokenizer()
+    facts = open_file(write_tiny_gguf(directory, tmp_path / "m.gguf", metadata=metadata)).tokenizer()
     assert (facts.eos_token_ids, facts.bos_token, facts.eos_token) == ((2, 5), "<1>", "<2>")
     assert (facts.chat_template, facts.adds_bos, facts.tokenizer_json) == ("{{ x }}", True, None)
     assert "strange" in facts.extra["warnings"][0]
-    bare = open_file(make_tiny_gguf(directory, tmp_path / "b.gguf")).tokenizer()
+    bare = open_file(write_tiny_gguf(directory, tmp_path / "b.gguf")).tokenizer()
     assert (bare.adds_bos, "warnings" in bare.extra) == (False, False)
 
 
 def test_fingerprints_tell_files_apart(directory: Path, tmp_path: Path) -> None:
     """Equal for a copy, different for other metadata or weights. Killed by: hashing the name, skipping the data."""
-    path = make_tiny_gguf(directory, tmp_path / "a.gguf")
+    path = write_tiny_gguf(directory, tmp_path / "a.gguf")
     copy = tmp_path / "b.gguf"
     copy.write_bytes(path.read_bytes())
     other = bytearray(path.read_bytes())
     other[-1] ^= 1
     (tmp_path / "c.gguf").write_bytes(other)
-    renamed = make_tiny_gguf(directory, tmp_path / "d.gguf", metadata={"general.name": "other"})
+    renamed = write_tiny_gguf(directory, tmp_path / "d.gguf", metadata={"general.name": "other"})
     prints = [open_file(file).fingerprint() for file in (path, copy, tmp_path / "c.gguf", renamed)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
@@ -234,7 +237,7 @@ def test_a_failed_conversion_says_why(directory: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(
         gguf_tokenizer, "_CHILD", "import sys; print('no such vocabulary', file=sys.stderr); sys.exit(1)"
     )
-    facts = open_file(make_tiny_gguf(directory, tmp_path / "m.gguf")).tokenizer()
+    facts = open_file(write_tiny_gguf(directory, tmp_path / "m.gguf")).tokenizer()
     assert facts.convert is not None
     with pytest.raises(ModelFormatError, match=r"m\.gguf.*no such vocabulary.*tokenizer\.json"):
         facts.convert()
@@ -251,7 +254,7 @@ def test_conversion_is_cached_mended_and_safe_for_two(
     monkeypatch.setenv("XLLM_CACHE_DIR", str(tmp_path / "cache"))
     child = "import sys, time; time.sleep(0.2); open(sys.argv[3], 'w').write('{\"pre_tokenizer\": null}')"
     monkeypatch.setattr(gguf_tokenizer, "_CHILD", child)
-    path = make_tiny_gguf(directory, tmp_path / "m.gguf", metadata={"tokenizer.ggml.pre": "smollm"})
+    path = write_tiny_gguf(directory, tmp_path / "m.gguf", metadata={"tokenizer.ggml.pre": "smollm"})
     code = (
         "import sys; from pathlib import Path; from xllm_core.runtime.formats import gguf_tokenizer, gguf_file\n"
         "gguf_tokenizer._CHILD = sys.argv[2]; print(gguf_file.GGUF().open(Path(sys.argv[1])).tokenizer().convert())"
@@ -371,10 +374,42 @@ def test_values_of_the_wrong_kind(directory: Path, tmp_path: Path, key: str) -> 
         {"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.attn_factor": 0.5, "ARCH.rope.scaling.factor": 2.0},
     ):
         for value in ("x", 2.5, 0, 7, -1.0, [1, 2], True, float("nan")):
-            path = make_tiny_gguf(directory, tmp_path / "m.gguf", metadata={**base, key: value})
+            path = write_tiny_gguf(directory, tmp_path / "m.gguf", metadata={**base, key: value})
             try:
                 checkpoint = open_file(path)
                 Llama().shape(checkpoint.config)
                 checkpoint.tokenizer()
             except ModelError as error:
                 assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_blocks_as_they_lie_in_the_file(tmp_path: Path, family: str) -> None:
+    """Named with their kind, rows in the order of `read`, the mapped bytes themselves where rows stay in place. Killed by: queries left
+    interleaved, a copy of every tensor, a vector or a plain matrix among them."""
+    kinds = {
+        "q_proj": Kind.Q4_0,
+        "k_proj": Kind.Q4_1,
+        "v_proj": Kind.Q8_0,
+        "o_proj": Kind.F16,
+        "embed_tokens": Kind.Q8_0,
+    }
+    source = make_tiny(family, tmp_path / "hf")
+    path = write_tiny_gguf(source, tmp_path / "m.gguf", kind_of=lambda name: kinds.get(name.split(".")[-2], Kind.F32))
+    checkpoint = open_file(path)
+    assert isinstance(checkpoint, HoldsPacked)
+    expected = {"model.embed_tokens.weight": "Q8_0"}
+    for layer in range(2):
+        expected |= {f"model.layers.{layer}.self_attn.{part}_proj.weight": kinds[f"{part}_proj"].name for part in "qkv"}
+    assert checkpoint.packed() == expected
+    mapped = torch.frombuffer(checkpoint._header.data, dtype=torch.uint8)
+    for name, kind in expected.items():
+        tensor = checkpoint.read_packed(name)
+        rows, columns = checkpoint.tensors()[name].shape
+        assert (tensor.kind, tuple(tensor.blocks.shape[:2])) == (kind, (rows, columns // 32))
+        assert torch.equal(unpack(tensor.blocks.flatten(), Kind[kind], (rows, columns)), checkpoint.read(name)), name
+        is_moved = family == "llama" and (".q_proj." in name or ".k_proj." in name)
+        is_mapped = 0 <= tensor.blocks.data_ptr() - mapped.data_ptr() < len(mapped)
+        assert is_mapped != is_moved, name
+    with pytest.raises(ModelFormatError, match="no tensor for 'x'"):
+        checkpoint.read_packed("x")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from xllm_core.errors import IntegrityError, WeightMismatchError
-from xllm_core.plugins.contracts.weights import TensorInfo, TokenizerFiles, WeightEntry, WeightMap
+from xllm_core.errors import ConfigError, IntegrityError, WeightMismatchError
+from xllm_core.plugins.contracts.weights import PackedTensor, TensorInfo, TokenizerFiles, WeightEntry, WeightMap
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.runtime.loader import LoadReport, load_weights
-from xllm_core.runtime.parts import CoreParts
+from xllm_core.runtime.loader import LoadReport, load_weights, packed_parameters
+from xllm_core.runtime.parts import CoreParts, WeightsInFormat
 from xllm_core.testing.model_harness import built_ops
 
 
@@ -181,3 +181,134 @@ def test_packed_weights_are_let_go() -> None:
     assert all(parameter.tensor is None for parameter in parts.parameters.values())
     assert torch.equal(embed(torch.tensor([5])), table[5:])
     assert torch.allclose(head(table[:1]), table[:1] @ table.T)
+
+
+class Packed(InMemory):
+    """One whose matrices are packed, in a kind of four columns a block; unpacked they are twice as large."""
+
+    def packed(self) -> dict[str, str]:
+        return {name: "K4" for name, tensor in self.held.items() if tensor.dim() == 2 and name != "plain"}
+
+    def read_packed(self, name: str) -> PackedTensor:
+        rows, columns = self.held[name].shape
+        return PackedTensor("K4", self.held[name].to(torch.uint8).view(rows, columns // 4, 4))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.held[name] * 2
+
+
+class Took:
+    """An op that keeps what it was given to prepare."""
+
+    def __init__(self) -> None:
+        self.weights: list[Any] = []
+
+    def prepare(self, weight: Any, bias: torch.Tensor | None) -> Any:
+        self.weights.append(weight)
+        return weight
+
+
+def stacked(tensors: Sequence[PackedTensor]) -> tuple[torch.Tensor, ...]:
+    return (torch.cat([tensor.blocks.flatten(1) for tensor in tensors]),)
+
+
+def packed_parts(checkpoint: Packed, entries: list[WeightEntry], **rest: Any) -> tuple[CoreParts, Took]:
+    device, took = ReferenceDevice(0), Took()
+    packed = packed_parameters(checkpoint, WeightMap(entries), {"K4"})
+    weights = WeightsInFormat(
+        {"linear": "narrow", "lm_head": "narrow"}, stack=rest.pop("stack", stacked), packed=packed
+    )
+    ops = {**built_ops(device), "narrow": took}
+    return CoreParts(device, torch.float32, ops, {}, weights=weights, **rest), took
+
+
+def numbered(rows: int, columns: int, first: int = 0) -> torch.Tensor:
+    return torch.arange(first, first + rows * columns).float().view(rows, columns)
+
+
+def test_packed_rows_reach_the_op_as_they_are() -> None:
+    """Stacked in the order of the parameter's rows, not of the file; nothing unpacked, no memory asked for. Killed by: the order of arrival."""
+    entries = [
+        WeightEntry("b", "m.weight", (2, 8), "column", rows=(4, 2)), WeightEntry("a", "m.weight", (4, 8), "column", rows=(0, 4)),
+    ]  # fmt: skip
+    checkpoint = Packed(a=numbered(4, 8), b=numbered(2, 8, 100))
+    parts, took = packed_parts(checkpoint, entries)
+    parts.linear("m", 8, 6, axis="column")
+    assert parts.parameters["m.weight"].tensor is None
+    load_weights(checkpoint, WeightMap(entries), parts)
+    ((weight,),) = took.weights
+    assert torch.equal(weight.float(), torch.cat((numbered(4, 8), numbered(2, 8, 100))))
+    assert parts.parameters["m.weight"].packed is None, "the file is held no longer than needed"
+
+
+def test_what_is_not_packed_keeps_its_weights() -> None:
+    """A parameter of which one tensor is plain, or of another kind, is unpacked whole. Killed by: half of it in either form."""
+    entries = [
+        entry("a", "m.weight", 2, 4, rows=(0, 2)),
+        entry("plain", "m.weight", 2, 4, rows=(2, 2)),
+        entry("b", "n.weight", 2, 4),
+    ]
+    checkpoint = Packed(a=numbered(2, 4), plain=numbered(2, 4), b=numbered(2, 4))
+    assert packed_parameters(checkpoint, WeightMap(entries), {"K4"}) == {"n.weight"}
+    assert not packed_parameters(checkpoint, WeightMap(entries), {"K5"})
+    assert not packed_parameters(InMemory(**checkpoint.held), WeightMap(entries), {"K4"})
+    parts, took = packed_parts(checkpoint, entries)
+    wide, narrow = (parts.linear(name, 4, rows, axis="replicated") for name, rows in (("m", 4), ("n", 2)))
+    load_weights(checkpoint, WeightMap(entries), parts)
+    assert torch.equal(wide(torch.eye(4)).T, 2 * torch.cat((numbered(2, 4), numbered(2, 4))))
+    assert len(took.weights) == 1 and narrow is not wide
+
+
+def test_a_tied_table_has_both() -> None:
+    """The embedding reads it unpacked, the head packed; one that no head reads is unpacked only."""
+    entries = [WeightEntry("t", "embed.weight", (6, 4), "vocab"), WeightEntry("u", "other.weight", (6, 4), "vocab")]
+    checkpoint = Packed(t=numbered(6, 4), u=numbered(6, 4, 50))
+    parts, took = packed_parts(checkpoint, entries)
+    embed, other = parts.embedding("embed", 6, 4), parts.embedding("other", 6, 4)
+    parts.lm_head("head", 4, 6, tied_to="embed")
+    load_weights(checkpoint, WeightMap(entries), parts)
+    ids = torch.tensor([5, 0])
+    assert torch.equal(embed(ids), 2 * numbered(6, 4)[ids]) and torch.equal(other(ids), 2 * numbered(6, 4, 50)[ids])
+    assert len(took.weights) == 1 and torch.equal(took.weights[0][0].float(), numbered(6, 4))
+
+
+def test_packed_rows_are_shared_out() -> None:
+    """Rows, stacked maps and blocks of columns; a row's order too. A rank's part that is no whole block is refused."""
+    entries = [
+        WeightEntry("up", "up.weight", (8, 4), "column", stacked=2), WeightEntry("down", "down.weight", (2, 8), "row"),
+        WeightEntry("turn", "turn.weight", (4, 4), "column", row_order=(1, 0)),
+    ]  # fmt: skip
+    checkpoint = Packed(up=numbered(8, 4), down=numbered(2, 8), turn=numbered(4, 4))
+    for rank in (0, 1):
+        parts, took = packed_parts(
+            checkpoint, entries, world_size=2, rank=rank, all_reduce=lambda t: t, all_gather=lambda t: t
+        )
+        (
+            parts.linear("up", 4, 8, axis="column"),
+            parts.linear("down", 8, 2, axis="row"),
+            parts.linear("turn", 4, 4, axis="column"),
+        )
+        load_weights(checkpoint, WeightMap(entries), parts)
+        up, down, turn = (weight[0].float() for weight in took.weights)
+        assert torch.equal(up, numbered(8, 4).view(2, 2, 2, 4)[:, rank].flatten(0, 1))
+        assert torch.equal(down, numbered(2, 8)[:, 4 * rank : 4 * rank + 4])
+        assert torch.equal(turn, numbered(4, 4)[[[1, 0], [3, 2]][rank]])
+    narrow = [WeightEntry("down", "down.weight", (2, 4), "row")]
+    parts, _ = packed_parts(
+        one := Packed(down=numbered(2, 4)), narrow, world_size=2, rank=0, all_reduce=lambda t: t, all_gather=lambda t: t
+    )
+    parts.linear("down", 4, 2, axis="row")
+    with pytest.raises(ConfigError, match="does not divide over 2 ranks"):
+        load_weights(one, WeightMap(narrow), parts)
+
+
+def test_packed_scales_that_are_not_finite() -> None:
+    """Told with the parameter's name. Killed by: trusting what is not unpacked."""
+    entries = [entry("a", "m.weight", 2, 4)]
+    checkpoint = Packed(a=numbered(2, 4))
+    parts, _ = packed_parts(
+        checkpoint, entries, stack=lambda tensors: (*stacked(tensors), torch.tensor([1.0, float("inf")]))
+    )
+    parts.linear("m", 4, 2, axis="replicated")
+    with pytest.raises(WeightMismatchError, match=r"'m\.weight'.*not finite"):
+        load_weights(checkpoint, WeightMap(entries), parts)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from xllm_core.plugins.contracts.attention import AttentionKernel
     from xllm_core.plugins.contracts.device import DeviceBackend
     from xllm_core.plugins.contracts.model import Model
+    from xllm_core.plugins.contracts.weights import WeightMap
     from xllm_core.plugins.resolve import Assembly
-    from xllm_core.runtime.parts import CoreParts
+    from xllm_core.runtime.parts import CoreParts, WeightsInFormat
     from xllm_core.runtime.worker import Worker
 
 log = logging.getLogger("xllm.engine")
@@ -81,13 +82,41 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
         device.set_num_threads(settings.device.num_threads)
     kernels = {group: choice.build(device, plan.geometry[group]) for group, choice in plan.attention.items()}
     ops = {name: choice.build(device) for name, choice in plan.ops.items()}
-    quantize = plan.quantization.build().quantize if plan.quantization else None
     parts = CoreParts(
-        device=device, dtype=plan.dtype, ops=ops, kernels=kernels, quantize=quantize, quantized_ops=plan.quantized_ops
+        device=device, dtype=plan.dtype, ops=ops, kernels=kernels, weights=_weights_in_format(assembly, weights)
     )
     model = assembly.family.build(config, parts)
+    _tell_packed(plan, weights, parts)
     load_weights(assembly.checkpoint, weights, parts, progress=progress)
     return LoadedModel(device, model, kernels, ops, parts, time.perf_counter() - started_s)
+
+
+def _weights_in_format(assembly: Assembly, weights: WeightMap) -> WeightsInFormat | None:
+    """The format that the plan names, or None."""
+    from xllm_core.runtime.loader import packed_parameters
+    from xllm_core.runtime.parts import WeightsInFormat
+
+    plan = assembly.plan
+    if plan.quantization is None:
+        return None
+    quantization = plan.quantization.build()
+    if not plan.quantized_kinds:
+        return WeightsInFormat(plan.quantized_ops, quantize=quantization.quantize)
+    packed = packed_parameters(assembly.checkpoint, weights, plan.quantized_kinds)
+    return WeightsInFormat(plan.quantized_ops, stack=quantization.stack, packed=packed)
+
+
+def _tell_packed(plan: AssemblyPlan, weights: WeightMap, parts: CoreParts) -> None:
+    """Of a format that files hold: how much of this one is served so."""
+    if plan.quantization is None or not plan.quantized_kinds:
+        return
+    matrices = [entry for entry in weights.entries if len(entry.shape) == 2]
+    served_so = {name for name, parameter in parts.parameters.items() if parameter.packed is not None}
+    num_packed = sum(entry.param in served_so for entry in matrices)
+    log.info(
+        "%s: %d of %d matrices are served as the file packs them, %d in %s",
+        plan.quantization.name, num_packed, len(matrices), len(matrices) - num_packed, plan.dtype,
+    )  # fmt: skip
 
 
 def build_engine(

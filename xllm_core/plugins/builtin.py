@@ -116,6 +116,11 @@ def xllm_quantizations() -> Iterable[QuantizationSpec]:
         name="int8", target="xllm_core.reference.quantization:Int8", summary="8-bit integers, a step per output channel and per token",
         ops={"linear": "linear_int8", "lm_head": "lm_head_int8", "linear_silu_mul": "linear_silu_mul_int8"},
     )  # fmt: skip
+    yield QuantizationSpec(
+        name="gguf", target="xllm_core.reference.quantization:Gguf", summary="the blocks of 4 and 8 bits of a GGUF file, as they are",
+        ops={"linear": "linear_blocks", "lm_head": "lm_head_blocks", "linear_silu_mul": "linear_silu_mul_blocks"},
+        kinds=frozenset({"Q4_0", "Q4_1", "Q8_0"}),
+    )  # fmt: skip
 
 
 @hookimpl

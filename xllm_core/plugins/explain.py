@@ -12,8 +12,8 @@ from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS, QUANTIZED_OPS
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import Choice
-from xllm_core.plugins.resolve import Resolver, assemble, describe_geometry
-from xllm_core.plugins.select import HOOK_OF_KIND, narrowed
+from xllm_core.plugins.resolve import Resolver, assemble
+from xllm_core.plugins.select import HOOK_OF_KIND, describe_geometry, narrowed
 
 FEATURES: Mapping[str, Any] = {"sliding_window": 4096, "soft_cap": 50.0}
 """What attention can be asked for beyond its heads, and the value that stands in the question where only the feature matters."""

@@ -134,13 +134,14 @@ def xllm_weight_formats(ctx: PluginContext) -> Iterable[WeightFormatSpec]:  # ty
 
 @hookspec
 def xllm_quantizations(ctx: PluginContext) -> Iterable[QuantizationSpec]:  # type: ignore[empty-body]
-    """Offer formats that weights of linear maps are turned into at load, and name the ops that read them.
+    """Offer formats that weights of linear maps are turned into at load, or that files hold them in, and name the ops that read them.
 
     Args:
         ctx: the plugin's validated settings and the core's, as plain data.
 
     Returns: one spec per format. None is used unless `[model] quantization = "NAME"` names it.
-    Errors: a format that was named, and for whose ops the chosen device has nothing, stops assembly with every rejection listed.
+    Errors: a format that was named, and for whose ops the chosen device has nothing, stops assembly with every rejection listed; so does one
+        with `kinds` where the model's files hold none of them.
 
     Example::
 

@@ -94,8 +94,9 @@ class AssemblyPlan:
 
     attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, per op that the family asks for beyond them, and
     per fusion that was taken; unused_fusions: (name, reason) of the others. quantized_ops: what ops "linear", "lm_head" and "linear_silu_mul" are
-    done by instead. logits_processors: in the order of
-    application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the dtype comes from.
+    done by instead; quantized_kinds: packings that the format serves as the file has them, empty for one that weights are turned into.
+    logits_processors: in the order of application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the
+    dtype comes from.
     """
 
     model_path: str
@@ -116,6 +117,7 @@ class AssemblyPlan:
     kv_store: Choice | None
     quantization: Choice | None
     quantized_ops: Mapping[str, str]
+    quantized_kinds: tuple[str, ...]
     observers: tuple[Choice, ...]
     block_size: int
     kv_layout: str
@@ -147,6 +149,7 @@ class AssemblyPlan:
                     },
                     **{name: {key: choice(c) for key, c in plain[name].items()} for name in ("ops", "attention")},
                     **{name: tuple(map(choice, plain[name])) for name in ("logits_processors", "observers")},
+                    "quantized_kinds": tuple(plain["quantized_kinds"]),
                     "unused_fusions": tuple((name, reason) for name, reason in plain["unused_fusions"]),
                     **{
                         name: choice(plain[name]) if plain[name] is not None else None

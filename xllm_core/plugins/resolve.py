@@ -33,10 +33,12 @@ from xllm_core.plugins.select import (
     choose,
     choose_all,
     chosen,
+    describe_geometry,
     find_named,
     fits_anything,
     is_fallback,
     kv_offers,
+    packed_kinds,
     ranking,
     refusal,
     start_probes,
@@ -99,6 +101,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
     layout = resolver.layout(family.attention(config), facts, dtype)
     kv_layout = layout.kv_layout
     quantization, quantized, ops = resolver.quantization(facts, dtype)
+    kinds = packed_kinds(quantization, resolver.offers("quantization"), opened, checkpoint)
     ops |= {
         name: resolver.op(name, facts, dtype, asked_by=model.name, kv_layout=kv_layout)
         for name in ops_of(family, config)
@@ -115,7 +118,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         device_kind=facts.kind,
         weight_format=opened,
         model=model,
-        ops={name: choice for name, choice in ops.items() if name in CORE_OPS or name not in quantized},
+        ops={name: choice for name, choice in ops.items() if kinds or name in CORE_OPS or name not in quantized},
         attention=layout.attention,
         geometry=layout.geometry,
         sampler=resolver.sampler(facts),
@@ -124,6 +127,7 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         kv_store=layout.kv_store,
         quantization=quantization,
         quantized_ops={role: name for role, name in quantized.items() if name in ops},
+        quantized_kinds=kinds,
         observers=resolver.all_of("observers", is_default_all=False)[0],
         block_size=layout.block_size,
         kv_layout=kv_layout,
@@ -468,15 +472,6 @@ class _ResolveOnly:
 
     def open(self, path: Path) -> Checkpoint | None:
         return None
-
-
-def describe_geometry(geometry: AttentionGeometry, device_kind: str) -> str:
-    """What a kernel is asked for, for people."""
-    features = f", {', '.join(sorted(geometry.features))}" if geometry.features else ""
-    return (
-        f"{device_kind}, {geometry.dtype}, {geometry.num_heads} query and {geometry.num_kv_heads} KV heads of {geometry.head_size},"
-        f" blocks of {geometry.block_size}, layout {geometry.layout}{features}"
-    )
 
 
 def _with_pins(settings: Settings) -> Settings:

@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from xllm_core.config import Settings
 from xllm_core.config_sources import guess
 from xllm_core.errors import PluginConflictError, ResolutionError
+from xllm_core.plugins.contracts.attention import AttentionGeometry
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
+from xllm_core.plugins.contracts.weights import Checkpoint, HoldsPacked
 from xllm_core.plugins.manager import CORE, Offer, PluginManager
 from xllm_core.plugins.plan import Choice, describe, load_target
 from xllm_core.plugins.probes import Probes
@@ -346,3 +348,32 @@ def is_findable(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package above it is missing
         return False
+
+
+def packed_kinds(
+    quantization: Choice | None, offers: Iterable[Offer], opened: Choice, checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """The packings that the chosen format serves as they are; none for one that weights are turned into. Refused where the file has none.
+
+    opened: the weight format that opened the checkpoint.
+    """
+    spec = next((offer.spec for offer in offers if quantization is not None and offer.name == quantization.name), None)
+    if spec is None or not spec.kinds:
+        return ()
+    kinds = tuple(sorted(spec.kinds))
+    refused = f"[model] quantization = {spec.name!r} serves weights as a file packs them ({', '.join(kinds)}), and {checkpoint.path}"
+    advice = "take a file that holds them so, such as a .gguf file of that kind, or leave the setting out"
+    if not isinstance(checkpoint, HoldsPacked):
+        raise ResolutionError(f"{refused}, opened by {opened.name}, gives no weight packed: {advice}")
+    if not (held := set(checkpoint.packed().values())) & spec.kinds:
+        raise ResolutionError(f"{refused} holds {', '.join(sorted(held)) or 'none that is packed'}: {advice}")
+    return kinds
+
+
+def describe_geometry(geometry: AttentionGeometry, device_kind: str) -> str:
+    """What a kernel is asked for, for people."""
+    features = f", {', '.join(sorted(geometry.features))}" if geometry.features else ""
+    return (
+        f"{device_kind}, {geometry.dtype}, {geometry.num_heads} query and {geometry.num_kv_heads} KV heads of {geometry.head_size},"
+        f" blocks of {geometry.block_size}, layout {geometry.layout}{features}"
+    )

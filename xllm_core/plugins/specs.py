@@ -131,14 +131,17 @@ class WeightFormatSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizationSpec(Spec):
-    """A format that weights of linear maps are turned into at load. `target()` builds a `Quantization`.
+    """A format that weights of linear maps are turned into at load. `target()` builds a `Quantization`, or with `kinds` a `PackedQuantization`.
 
+    kinds: packings of stored tensors that are served as they are (`PackedTensor.kind`); whatever else a file holds keeps its weights. Empty for a
+        format that any weight is turned into.
     ops: what each of "linear", "lm_head" and "linear_silu_mul" is done by, names of ops that read the format. Without "lm_head" the output
         projection keeps its weights; the third is a fusion of the first with `silu_mul`, taken where a device has it. Embeddings, routers and
         experts keep theirs.
     """
 
     ops: Mapping[str, str]
+    kinds: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Check that linear maps have an op, and that nothing else is named."""

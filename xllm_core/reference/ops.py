@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from xllm_core.errors import ConfigError
-from xllm_core.reference.quantization import int8_rows
+from xllm_core.plugins.contracts.ops import BLOCK_COLUMNS
+from xllm_core.reference.quantization import block_rows, int8_rows, unpacked_4_bit
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.device import DeviceBackend
@@ -100,6 +101,51 @@ class LinearInt8:
 
 class LmHeadInt8(LinearInt8):
     """`lm_head_int8`: the same, never rounded."""
+
+    def _rounded(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return out
+
+
+class LinearBlocks:
+    """`linear_blocks`: products within a block are whole numbers, exact in float32; blocks are added one after the other."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def prepare(
+        self, weight: tuple[torch.Tensor, ...], bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """weight: codes, scales and maybe minimums, as `reference.quantization.Gguf` stacks them. Laid out by block, a byte for every code."""
+        codes, *factors = weight
+        if codes.dtype == torch.uint8:
+            codes = unpacked_4_bit(codes, has_minimums=len(factors) > 1)
+        by_block = codes.view(len(codes), -1, BLOCK_COLUMNS).transpose(0, 1).contiguous()
+        return by_block, tuple(factor.T.float() for factor in factors), None if bias is None else bias.float()
+
+    def __call__(
+        self, x: torch.Tensor, prepared: tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]
+    ) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out] in x's dtype."""
+        codes, (scales, *minimums), bias = prepared
+        values, steps = block_rows(x)
+        sums_of_x = steps * values.sum(2)
+        out = torch.zeros(len(x), codes.shape[1], device=x.device)
+        for start in range(0, codes.shape[1], _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            for block in range(len(codes)):
+                sums = F.linear(values[:, block], codes[block, rows].float())
+                term = sums * (steps[:, block, None] * scales[block, rows])
+                if minimums:
+                    term += sums_of_x[:, block, None] * minimums[0][block, rows]
+                out[:, rows] += term
+        return self._rounded(out if bias is None else out + bias, x.dtype)
+
+    def _rounded(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return out.to(dtype)
+
+
+class LmHeadBlocks(LinearBlocks):
+    """`lm_head_blocks`: the same, never rounded."""
 
     def _rounded(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return out
@@ -280,6 +326,13 @@ class LinearSiluMulInt8(LinearSiluMul):
 
     def __init__(self, device: DeviceBackend) -> None:
         self._linear, self._silu_mul = LinearInt8(device), SiluMul(device)
+
+
+class LinearSiluMulBlocks(LinearSiluMul):
+    """The fusion `linear_silu_mul_blocks`, likewise."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._linear, self._silu_mul = LinearBlocks(device), SiluMul(device)
 
 
 class RopeKvWrite:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from xllm_core.plugins.contracts.ops import BLOCK_COLUMNS
+from xllm_core.plugins.contracts.weights import PackedTensor
 
 _SMALLEST = 2.0**-100
 _TILE_ROWS = 2048
@@ -20,6 +25,50 @@ class Int8:
             factor, step = _scales(tile.abs().amax(1, keepdim=True), 127.0)
             values[rows], steps[rows] = (tile * factor).round().to(torch.int8), step[:, 0]
         return values, steps
+
+
+class Gguf:
+    """`PackedQuantization`: blocks of 32 as GGUF files hold them. Layouts: ggml project, `ggml-common.h`."""
+
+    def stack(self, tensors: Sequence[PackedTensor]) -> tuple[torch.Tensor, ...]:
+        """Codes, scales and for some kinds minimums, as `contracts.ops` has them. Several kinds become 8-bit codes, which hold them all exactly."""
+        kinds = {tensor.kind for tensor in tensors}
+        parts = [_parted(tensor, is_alone=len(kinds) == 1) for tensor in tensors]
+        if len({len(part) for part in parts}) > 1:
+            parts = [part if len(part) == 3 else (*part, torch.zeros_like(part[1])) for part in parts]
+        return tuple(torch.cat(same) if len(same) > 1 else same[0] for same in zip(*parts, strict=True))
+
+
+def _parted(tensor: PackedTensor, *, is_alone: bool) -> tuple[torch.Tensor, ...]:
+    """Codes [rows, ...], scales and minimums [rows, blocks]; 4-bit codes stay packed where no other kind is beside them."""
+    blocks, has_minimums = tensor.blocks, tensor.kind == "Q4_1"
+    heads = [
+        blocks[..., first : first + 2].contiguous().view(torch.float16)[..., 0]
+        for first in ((0, 2) if has_minimums else (0,))
+    ]
+    codes = blocks[..., 2 * len(heads) :].flatten(1)
+    if tensor.kind == "Q8_0":
+        codes = codes.view(torch.int8)
+    elif not is_alone:
+        codes = unpacked_4_bit(codes, has_minimums=has_minimums)
+    return codes, *heads
+
+
+def unpacked_4_bit(codes: torch.Tensor, *, has_minimums: bool) -> torch.Tensor:
+    """uint8 [out, in / 2] -> int8 [out, in]: 0 .. 15 beside a minimum, else -8 .. 7."""
+    halves = codes.view(len(codes), -1, 1, BLOCK_COLUMNS // 2)
+    values = torch.cat((halves & 15, halves >> 4), 2).flatten(1).to(torch.int8)
+    return values if has_minimums else values - 8
+
+
+def block_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of activations as whole numbers from -127 to 127, float32 [T, blocks, 32]; and the step of each block, [T, blocks] float32.
+
+    A block that is not finite has step NaN.
+    """
+    wide = x.float().reshape(len(x), x.shape[1] // BLOCK_COLUMNS, BLOCK_COLUMNS)
+    factor, step = _scales(wide.abs().amax(2, keepdim=True), 127.0)
+    return (wide * factor).round().masked_fill(step.isnan(), 0.0), step[..., 0]
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from xllm_core.errors import IntegrityError, WeightMismatchError
-from xllm_core.plugins.contracts.weights import Checkpoint, WeightEntry, WeightMap
+from xllm_core.plugins.contracts.weights import Checkpoint, HoldsPacked, PackedTensor, WeightEntry, WeightMap
 from xllm_core.runtime.parts import CoreParts, Parameter
 
 Progress = Callable[[str, int, int], None]
@@ -99,6 +99,16 @@ def check_weights(checkpoint: Checkpoint, weight_map: WeightMap) -> list[str]:
     return sources
 
 
+def packed_parameters(checkpoint: Checkpoint, weight_map: WeightMap, kinds: Collection[str]) -> frozenset[str]:
+    """Parameters all of whose tensors the checkpoint packs in one of these kinds. The weight map fits (`check_weights`)."""
+    held = checkpoint.packed() if isinstance(checkpoint, HoldsPacked) else {}
+    sources = zip(weight_map.entries, check_weights(checkpoint, weight_map), strict=True)
+    fits: dict[str, bool] = {}
+    for entry, source in sources:
+        fits[entry.param] = fits.get(entry.param, True) and held.get(source) in kinds and entry.expert is None
+    return frozenset(name for name, is_packed in fits.items() if is_packed)
+
+
 def _listed(names: Sequence[str], what: str) -> str:
     if not names:
         return ""
@@ -148,7 +158,9 @@ def _filled(
                     yield _waited(*under_way.popleft())
                 copying = None  # what has no source stays zero, as a bias that is not there
                 if source and _place_of_expert(entry, parts) != _ELSEWHERE:
-                    copying = pool.submit(_fill, checkpoint.path, checkpoint.read(source), entry, source, parts)
+                    copying = pool.submit(
+                        _fill, checkpoint.path, *_read(checkpoint, entry, source, parts), entry, source, parts
+                    )
                 under_way.append((entry, copying))
             while under_way:
                 yield _waited(*under_way.popleft())
@@ -174,8 +186,39 @@ def _waited(entry: WeightEntry, copying: Future[None] | None) -> WeightEntry:
     return entry
 
 
-def _fill(path: Path, tensor: torch.Tensor, entry: WeightEntry, source: str, parts: CoreParts) -> None:
-    """Copy this rank's share of one tensor into its rows of the parameter."""
+def _read(
+    checkpoint: Checkpoint, entry: WeightEntry, source: str, parts: CoreParts
+) -> tuple[torch.Tensor | None, PackedTensor | None]:
+    """A tensor unpacked, packed, or both, as its parameter wants it."""
+    parameter = parts.parameters[entry.param]
+    packed = None
+    if parameter.packed is not None:
+        assert isinstance(checkpoint, HoldsPacked)
+        packed = checkpoint.read_packed(source)
+        if parameter.tensor is None:
+            return None, packed
+    return checkpoint.read(source), packed
+
+
+def _fill(
+    path: Path,
+    tensor: torch.Tensor | None,
+    packed: PackedTensor | None,
+    entry: WeightEntry,
+    source: str,
+    parts: CoreParts,
+) -> None:
+    """Take this rank's share of one tensor into the parameter: copied, where it is unpacked."""
+    parameter = parts.parameters[entry.param]
+    if packed is not None:
+        assert parameter.packed is not None
+        share = _share(packed.blocks, entry, parts, parameter.divided_dim)
+        parameter.packed.append((entry.rows[0] if entry.rows is not None else 0, PackedTensor(packed.kind, share)))
+    if tensor is not None:
+        _copy(path, tensor, entry, source, parts)
+
+
+def _copy(path: Path, tensor: torch.Tensor, entry: WeightEntry, source: str, parts: CoreParts) -> None:
     parameter = parts.parameters[entry.param]
     assert parameter.tensor is not None, f"{parameter.name} was filled and finished before"
     target, dim = parameter.tensor, parameter.divided_dim
@@ -186,18 +229,23 @@ def _fill(path: Path, tensor: torch.Tensor, entry: WeightEntry, source: str, par
         first, count = entry.rows
         divisor = parts.world_size if dim == 0 else 1
         target = target[first // divisor : (first + count) // divisor]
-    if entry.row_order is not None:
-        size = len(entry.row_order)
-        tensor = tensor.view(-1, size, *tensor.shape[1:])[:, list(entry.row_order)].flatten(0, 1)
-    if dim is not None:
-        share = parts.share(entry.shape[dim] // (stacked := entry.stacked if dim == 0 else 1))
-        pieces = tensor.chunk(stacked) if stacked > 1 else (tensor,)
-        shares = [piece.narrow(dim, parts.rank * share, share) for piece in pieces]
-        tensor = shares[0] if stacked == 1 else torch.cat(shares)
-    target.copy_(tensor)
+    target.copy_(_share(tensor, entry, parts, dim))
     # One pass over what was just written. A sum is finite exactly when all terms are: overflow needs 1e38, which no weight is near.
     if not torch.isfinite(target.sum(dtype=torch.float32)):
         raise WeightMismatchError(
             f"{path}: tensor {source!r} holds values that are not finite in {target.dtype}; the file is damaged, or its"
             " weights need a wider dtype"
         )
+
+
+def _share(tensor: torch.Tensor, entry: WeightEntry, parts: CoreParts, dim: int | None) -> torch.Tensor:
+    """This rank's part, its rows in the parameter's order. tensor: [rows, ...]; of a packed one the second dimension is blocks."""
+    if entry.row_order is not None:
+        size = len(entry.row_order)
+        tensor = tensor.view(-1, size, *tensor.shape[1:])[:, list(entry.row_order)].flatten(0, 1)
+    if dim is None:
+        return tensor
+    share = parts.share(tensor.shape[dim] // (stacked := entry.stacked if dim == 0 else 1))
+    pieces = tensor.chunk(stacked) if stacked > 1 else (tensor,)
+    shares = [piece.narrow(dim, parts.rank * share, share) for piece in pieces]
+    return shares[0] if stacked == 1 else torch.cat(shares)

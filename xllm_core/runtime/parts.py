@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from xllm_core.errors import ConfigError, IntegrityError
+from xllm_core.errors import ConfigError, IntegrityError, WeightMismatchError
 from xllm_core.plugins.contracts.attention import AttentionKernel, KVSegments
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.model import Attention, Experts, ForwardContext, Linear
 from xllm_core.plugins.contracts.ops import LinearOp, MoeExpertsOp
-from xllm_core.plugins.contracts.weights import Axis
+from xllm_core.plugins.contracts.weights import Axis, PackedTensor
 from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.kv_cache import KVCache
 
@@ -29,13 +29,18 @@ _DIVIDED_DIM: Mapping[Axis, int] = {"column": 0, "vocab": 0, "expert": 0, "row":
 
 @dataclass(slots=True)
 class Parameter:
-    """One named weight of this rank. `shape` is full, `tensor` this rank's share; None once an op has taken the weight over."""
+    """One named weight of this rank. `shape` is full, `tensor` this rank's share; None once an op has taken the weight over.
+
+    packed: (first row, rows as the file packs them) of this rank's share, for a weight that is served so; `tensor` is then there only for an
+    embedding that reads the same table.
+    """
 
     name: str
     shape: tuple[int, ...]
     axis: Axis
     tensor: torch.Tensor | None
     physical_of: torch.Tensor | None = None  # where each expert lies, for axis "expert"
+    packed: list[tuple[int, PackedTensor]] | None = None
 
     @property
     def divided_dim(self) -> int | None:
@@ -43,12 +48,25 @@ class Parameter:
         return _DIVIDED_DIM.get(self.axis)
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsInFormat:
+    """The format that linear maps have their weights in. ops: what reads it instead of "linear", "lm_head" and "linear_silu_mul"; empty for none.
+
+    quantize: turns a weight into it. stack: of a format that files hold, puts packed rows together; it is for the parameters in `packed` alone.
+    """
+
+    ops: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
+    stack: Callable[[Sequence[PackedTensor]], tuple[torch.Tensor, ...]] | None = None
+    packed: frozenset[str] = frozenset()
+
+
 class CoreParts:
     """Everything a model is made of, on one device, for one rank.
 
     ops: built callables by name. kernels: built attention kernels by KV group, made for this rank's share of the heads.
     all_reduce(tensor) returns the sum over ranks, all_gather(tensor) the concatenation of last dimensions; needed if `world_size` > 1.
-    quantize, quantized_ops: of the chosen format, and the ops that read it instead of "linear", "lm_head" and "linear_silu_mul".
+    weights: the format that was chosen, by itself none.
     """
 
     def __init__(
@@ -62,8 +80,7 @@ class CoreParts:
         rank: int = 0,
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
         all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None,
-        quantized_ops: Mapping[str, str] = MappingProxyType({}),
+        weights: WeightsInFormat | None = None,
     ) -> None:
         if world_size > 1 and (all_reduce is None or all_gather is None):
             raise IntegrityError(f"{world_size} ranks need both all_reduce and all_gather")
@@ -72,7 +89,7 @@ class CoreParts:
         self.world_size, self.rank = world_size, rank
         self.parameters: dict[str, Parameter] = {}
         self._ops, self._kernels = ops, kernels
-        self._quantize, self._quantized_ops = quantize, quantized_ops
+        self._format = weights or WeightsInFormat()
         self._all_reduce = all_reduce or _identity
         self._all_gather = all_gather or _identity
         self._linears: list[_BoundLinear] = []
@@ -107,7 +124,7 @@ class CoreParts:
 
     def linear(self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False) -> Linear:
         """A linear map; with axis "row" its result is summed over ranks, and the bias is added by rank 0 alone."""
-        weight = self._new_parameter(f"{name}.weight", (out_features, in_features), axis)
+        weight = self._new_parameter(f"{name}.weight", (out_features, in_features), axis, may_be_packed=True)
         bias_axis: Axis = "replicated" if axis == "row" else axis
         bias = self._new_parameter(f"{name}.bias", (out_features,), bias_axis) if has_bias else None
         is_added_here = axis != "row" or self.rank == 0
@@ -116,9 +133,9 @@ class CoreParts:
 
     def linear_silu_mul(self, name: str, in_features: int, inner: int, *, has_bias: bool = False) -> Linear:
         """By the fusion of that name where one was chosen, else by its two ops."""
-        weight = self._new_parameter(f"{name}.weight", (2 * inner, in_features), "column")
+        weight = self._new_parameter(f"{name}.weight", (2 * inner, in_features), "column", may_be_packed=True)
         bias = self._new_parameter(f"{name}.bias", (2 * inner,), "column") if has_bias else None
-        if "linear_silu_mul" in (self._quantized_ops or self._ops):
+        if "linear_silu_mul" in (self._ops_for(weight) or self._ops):
             return self._product("linear_silu_mul", weight, bias, _identity)
         return self._product("linear", weight, bias, self.op("silu_mul"))
 
@@ -158,10 +175,12 @@ class CoreParts:
     def lm_head(self, name: str, size: int, vocab_size: int, *, tied_to: str | None = None) -> Linear:
         """The output projection; `tied_to` names the embedding, as given to `embedding`, whose table it multiplies with."""
         if tied_to is None:
-            weight = self._new_parameter(f"{name}.weight", (vocab_size, size), "vocab")
+            weight = self._new_parameter(f"{name}.weight", (vocab_size, size), "vocab", may_be_packed=True)
         else:
             weight = self.parameters[f"{tied_to}.weight"]
-        if "lm_head" in self._quantized_ops:
+            if weight.name in self._format.packed and "lm_head" in self._format.ops:
+                weight.packed = []  # beside the table of the embedding
+        if "lm_head" in self._ops_for(weight):
             return self._product("lm_head", weight, None, self._all_gather)
         product = self.op("lm_head", unfused=self.op("linear"))
         return self._bind(_BoundLinear(product, weight, None, self._all_gather))
@@ -193,7 +212,7 @@ class CoreParts:
             if (
                 num_users[linear.weight.name] == 0
             ):  # a tied table is read by the embedding, which has its own hold on it
-                linear.weight.tensor = None
+                linear.weight.tensor = linear.weight.packed = None
         for experts in self._experts.values():
             experts.prepare()
         for parameter in self.parameters.values():
@@ -208,14 +227,19 @@ class CoreParts:
         """Per layer of experts, by the name it was built under: tokens that each expert held here has got, [E] int64 on the host."""
         return {name: experts.counts.cpu() for name, experts in self._experts.items()}
 
-    def _new_parameter(self, name: str, shape: Sequence[int], axis: Axis, *, is_float32: bool = False) -> Parameter:
+    def _new_parameter(
+        self, name: str, shape: Sequence[int], axis: Axis, *, is_float32: bool = False, may_be_packed: bool = False
+    ) -> Parameter:
         if name in self.parameters:
             raise IntegrityError(f"the model asks twice for the parameter {name!r}")
         parameter = Parameter(name, tuple(shape), axis, None)
         local = list(shape)
         if (dim := parameter.divided_dim) is not None:
             local[dim] = self.share(local[dim])
-        parameter.tensor = self.device.allocate(local, torch.float32 if is_float32 else self.dtype)
+        if may_be_packed and name in self._format.packed:
+            parameter.packed = []
+        else:
+            parameter.tensor = self.device.allocate(local, torch.float32 if is_float32 else self.dtype)
         self.parameters[name] = parameter
         return parameter
 
@@ -223,9 +247,27 @@ class CoreParts:
         self, role: str, weight: Parameter, bias: Parameter | None, after: Callable[[torch.Tensor], torch.Tensor]
     ) -> _BoundLinear:
         """By the op that reads the chosen format, where one does."""
-        name = self._quantized_ops.get(role)
-        quantize = self._quantize if name is not None else None
-        return self._bind(_BoundLinear(self.op(name or role), weight, bias, after, quantize))
+        name = self._ops_for(weight).get(role)
+        bound = _BoundLinear(self.op(name or role), weight, bias, after, self._formatted if name is not None else None)
+        return self._bind(bound)
+
+    def _ops_for(self, weight: Parameter) -> Mapping[str, str]:
+        """The ops that read this weight in the chosen format; none for one that stays as it is."""
+        is_in_format = self._format.stack is None or weight.packed is not None
+        return self._format.ops if is_in_format else {}
+
+    def _formatted(self, weight: Parameter) -> tuple[torch.Tensor, ...]:
+        """A weight in the chosen format, on the device."""
+        if self._format.stack is None or weight.packed is None:
+            assert self._format.quantize is not None and weight.tensor is not None
+            return self._format.quantize(weight.tensor)
+        rows = sorted(weight.packed, key=lambda piece: piece[0])
+        stacked = self._format.stack([tensor for _, tensor in rows])
+        if not all(bool(tensor.isfinite().all()) for tensor in stacked if tensor.is_floating_point()):
+            raise WeightMismatchError(
+                f"the packed rows of {weight.name!r} hold scales that are not finite; the file is damaged"
+            )
+        return tuple(self.device.to_device(tensor) for tensor in stacked)
 
     def _bind(self, linear: _BoundLinear) -> _BoundLinear:
         self._linears.append(linear)
@@ -260,15 +302,15 @@ class _BoundLinear:
         weight: Parameter,
         bias: Parameter | None,
         after: Callable[[torch.Tensor], torch.Tensor],
-        quantize: Callable[[torch.Tensor], Any] | None = None,
+        formatted: Callable[[Parameter], Any] | None = None,
     ) -> None:
         self._op: LinearOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
-        self.weight, self._bias, self._after, self._quantize = weight, bias, after, quantize or _identity
+        self.weight, self._bias, self._after, self._formatted = weight, bias, after, formatted
         self._prepared: Any = None
 
     def prepare(self) -> None:
-        assert self.weight.tensor is not None
-        weight = self._quantize(self.weight.tensor)
+        weight: Any = self.weight.tensor if self._formatted is None else self._formatted(self.weight)
+        assert weight is not None
         self._prepared = self._op.prepare(weight, self._bias.tensor if self._bias else None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -287,7 +287,9 @@ def _listener(table: ServerTable) -> Iterator[tuple[socket.socket, str]]:
         yield from _unix_listener(Path(table.uds))
         return
     family = socket.AF_INET6 if ":" in table.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named, or asyncio does not see that it is TCP's and leaves Nagle's algorithm on: every answer would then wait 40 ms for the
+    # client's system to acknowledge its head.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((table.host, table.port))

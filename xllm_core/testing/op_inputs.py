@@ -5,12 +5,14 @@ Values come in the dtype under test, on the host. Everything is drawn from a gen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from xllm_core.plugins.contracts.ops import BLOCK_COLUMNS
 from xllm_core.reference import ops as reference
 from xllm_core.reference.quantization import Int8
 
@@ -182,6 +184,39 @@ def _linear_silu_mul_int8(draw: Draw, tokens: int) -> Iterable[Call]:
         yield Call((x,), prepared=(Int8().quantize(draw(2 * inner, in_features)), bias))
 
 
+def _in_blocks(draw: Draw, out_features: int, in_features: int, kind: str) -> tuple[torch.Tensor, ...]:
+    """A random weight of about unit size in each form that ops over blocks take, some of its blocks nothing."""
+    generator, shape = draw.generator, (out_features, in_features // BLOCK_COLUMNS)
+    if kind.startswith("4"):
+        codes = torch.randint(0, 256, (out_features, in_features // 2), generator=generator, dtype=torch.uint8)
+        scales = torch.randn(shape, generator=generator) / 8
+    else:
+        codes = torch.randint(-128, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+        scales = torch.randn(shape, generator=generator) / 75
+    scales[::5] = 0
+    minimums = (torch.randn(shape, generator=generator).half(),) if kind.endswith("minimums") else ()
+    return codes, scales.half(), *minimums
+
+
+_BLOCK_KINDS = ("4 bits", "4 bits, minimums", "8 bits", "8 bits, minimums")
+
+
+def _blocks(draw: Draw, tokens: int) -> Iterable[Call]:
+    """Every kind; channels that are no whole vectors; blocks of zeros and of one large value."""
+    for kind, (in_features, out_features, has_bias) in itertools.product(
+        _BLOCK_KINDS, ((64, 48, False), (32, 7, True), (576, 130, True))
+    ):
+        x, bias = draw(tokens, in_features), draw(out_features) if has_bias else None
+        x[1::7, :32], x[2::7, 0] = 0, 100
+        yield Call((x,), prepared=(_in_blocks(draw, out_features, in_features, kind), bias))
+
+
+def _linear_silu_mul_blocks(draw: Draw, tokens: int) -> Iterable[Call]:
+    for kind, (in_features, inner, has_bias) in itertools.product(_BLOCK_KINDS, ((64, 48, False), (32, 7, True))):
+        x, bias = draw(tokens, in_features, spread=in_features**-0.5), draw(2 * inner) if has_bias else None
+        yield Call((x,), prepared=(_in_blocks(draw, 2 * inner, in_features, kind), bias))
+
+
 def _rope_kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
     num_blocks, slots = _slots(draw, tokens)
     q, k, v = draw(tokens, 4, 8), draw(tokens, 2, 8), draw(tokens, 2, 8)
@@ -205,6 +240,9 @@ OPS: Mapping[str, OpInputs] = {
     "linear_int8": OpInputs(_int8),
     "lm_head_int8": OpInputs(_int8),
     "linear_silu_mul_int8": OpInputs(_linear_silu_mul_int8, roundings=5),
+    "linear_blocks": OpInputs(_blocks),
+    "lm_head_blocks": OpInputs(_blocks),
+    "linear_silu_mul_blocks": OpInputs(_linear_silu_mul_blocks, roundings=5),
     "rope_kv_write": OpInputs(_rope_kv_write, roundings=3, caches=(5,)),
 }
 

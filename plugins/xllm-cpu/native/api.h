@@ -34,6 +34,16 @@ XLLM_API int xllm_linear_int8(
     const void* x, const void* packed, const float* bias, void* out, void* room, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16,
     int fuses, int is_wide);
 
+// The same over blocks of 32 columns; k is a multiple of 32. codes: [n][k] int8, or with is_4_bit [n][k / 2] bytes, where byte j of a block's 16 holds
+// column j in its low half and j + 16 in its high half; scales, minimums (or null): [n][k / 32] in half precision. room: [m][xllm_blocks_room(k)] bytes.
+XLLM_API int64_t xllm_blocks_bytes(int64_t n, int64_t k, int is_4_bit, int has_minimums, int fuses);
+XLLM_API int64_t xllm_blocks_room(int64_t k);
+XLLM_API int xllm_pack_blocks(
+    const void* codes, const uint16_t* scales, const uint16_t* minimums, int64_t n, int64_t k, int is_4_bit, int fuses, void* out);
+XLLM_API int xllm_linear_blocks(
+    const void* x, const void* packed, const float* bias, void* out, void* room, int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t ldo, int is_bf16,
+    int is_4_bit, int has_minimums, int fuses, int is_wide);
+
 // Gated experts. x, out: [tokens][hidden]; ids, weights: [tokens][top_k], id -1 is skipped; gate_up, down: the packed weights of one expert after
 // the other, gate_up packed with `fuses`; counts: [num_experts], added to.
 XLLM_API int xllm_experts(

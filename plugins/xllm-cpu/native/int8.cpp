@@ -6,17 +6,16 @@
 //
 // A panel is [NR] int32 sums of weights, [NR] float steps, then [K / 4][NR][4] weights. Limits as in linear.cpp, with half the bytes.
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 
 #include "api.h"
+#include "bytes.h"
 #include "linear.h"
 #include "pool.h"
 
 namespace xllm {
 namespace {
 
-constexpr int P = 4;
 constexpr int64_t ROW_HEAD = 64;  // in front of a row's bytes
 struct RowHead {
   float step;
@@ -25,50 +24,6 @@ struct RowHead {
 
 int64_t padded(int64_t k) { return round_up(k, P); }
 int64_t panel_bytes(int64_t k) { return NR * (sizeof(int32_t) + sizeof(float)) + padded(k) * NR; }
-
-// Bytes of four columns beside each other, ready to be multiplied.
-#if defined(__AVX512VNNI__)
-struct Bytes { I v; };
-inline Bytes as_signed(I x) { return {x}; }
-inline Bytes as_unsigned(I x) { return {x}; }
-inline I dot4(I c, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(c.v, a.v.v, b.v.v)}; }
-inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
-#elif defined(__AVX512F__)
-struct Bytes { __m512i even, odd; };  // widened to 16 bits: sums of two products of bytes do not fit there, as VPMADDUBSW would have it
-inline Bytes as_signed(I x) { return {_mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8), _mm512_srai_epi16(x.v, 8)}; }
-inline Bytes as_unsigned(I x) { return {_mm512_and_si512(x.v, _mm512_set1_epi16(255)), _mm512_srli_epi16(x.v, 8)}; }
-inline I dot4(I c, Bytes a, Bytes b) {
-  return {_mm512_add_epi32(_mm512_add_epi32(c.v, _mm512_madd_epi16(a.even, b.even)), _mm512_madd_epi16(a.odd, b.odd))};
-}
-inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
-#elif defined(__AVX2__)
-struct Bytes { __m256i even, odd; };
-inline Bytes as_signed(I x) { return {_mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8), _mm256_srai_epi16(x.v, 8)}; }
-inline Bytes as_unsigned(I x) { return {_mm256_and_si256(x.v, _mm256_set1_epi16(255)), _mm256_srli_epi16(x.v, 8)}; }
-inline I dot4(I c, Bytes a, Bytes b) {
-  return {_mm256_add_epi32(_mm256_add_epi32(c.v, _mm256_madd_epi16(a.even, b.even)), _mm256_madd_epi16(a.odd, b.odd))};
-}
-inline I multiplied(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
-inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.v)}; }
-#else
-struct Bytes { I v; };
-inline Bytes as_signed(I x) { return {x}; }
-inline Bytes as_unsigned(I x) { return {x}; }
-inline I dot4(I c, Bytes a, Bytes b) {
-  return each<I>([&](int i) {
-    const auto x = static_cast<uint32_t>(a.v.v[i]), y = static_cast<uint32_t>(b.v.v[i]);
-    auto total = static_cast<uint32_t>(c.v[i]);
-    for (int p = 0; p < 32; p += 8) total += (x >> p & 255) * static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(y >> p)));
-    return static_cast<int32_t>(total);
-  });
-}
-inline I multiplied(I a, I b) {
-  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i])); });
-}
-inline F to_float(I x) { return each<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
-#endif
 
 void pack(const int8_t* weight, const float* steps, int64_t n, int64_t k, bool fuses, char* out) {
   parallel_for(num_panels(n, fuses), [&](int64_t panel) {
@@ -88,12 +43,6 @@ void pack(const int8_t* weight, const float* steps, int64_t n, int64_t k, bool f
     }
   });
 }
-
-inline int32_t bits_of(float x) { return std::bit_cast<int32_t>(x); }
-
-// The last bits are those of the whole number next to x, half to even.
-inline float rounded(float x) { return x + 0x1.8p23f; }
-inline int32_t whole(float x) { return bits_of(rounded(x)) - bits_of(0x1.8p23f); }
 
 // One row of x to its head and bytes.
 template <class E> void to_bytes(const typename E::T* x, int64_t k, char* row) {
@@ -129,10 +78,10 @@ template <class E> struct Int8Call {
     const char* b = steps + NR * sizeof(float);
     I c[MR][2];
     const I total0 = loadi(head), total1 = loadi(head + W * sizeof(int32_t));
-    for (int i = 0; i < MR; i++) {
+    unrolled<MR>([&](auto i) __attribute__((always_inline)) {
       const I minus_zero = bcast(first + i * row_bytes + offsetof(RowHead, minus_zero));
       c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
-    }
+    });
     for (int64_t at = 0; at < padded(k); at += P, b += NR * P) {
 #if defined(__AVX512F__)
       if (MR <= 4) {
@@ -141,19 +90,20 @@ template <class E> struct Int8Call {
       }
 #endif
       const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
-#pragma GCC unroll 12
-      for (int i = 0; i < MR; i++) {
+      unrolled<MR>([&](auto i) __attribute__((always_inline)) {
         const Bytes a = as_unsigned(bcast(first + i * row_bytes + ROW_HEAD + at));
         c[i][0] = dot4(c[i][0], a, b0);
         c[i][1] = dot4(c[i][1], a, b1);
-      }
+      });
     }
     const F s0 = load(reinterpret_cast<const float*>(steps)), s1 = load(reinterpret_cast<const float*>(steps) + W);
-    for (int i = 0; i < MR; i++) {
+    F out[MR][2];
+    unrolled<MR>([&](auto i) __attribute__((always_inline)) {
       float own;
       std::memcpy(&own, first + i * row_bytes, sizeof own);
-      to.store(row + i, panel, mul(to_float(c[i][0]), mul(set1(own), s0)), mul(to_float(c[i][1]), mul(set1(own), s1)));
-    }
+      out[i][0] = mul(to_float(c[i][0]), mul(set1(own), s0)), out[i][1] = mul(to_float(c[i][1]), mul(set1(own), s1));
+    });
+    for (int i = 0; i < MR; i++) to.store(row + i, panel, out[i][0], out[i][1]);
   }
 };
 

@@ -145,11 +145,12 @@ inline float top(F x) {
   return t[0];
 }
 
-// e**x for x <= 88, within 2 units in the last place; below -87 it is 0, so that a masked score (-inf) weighs nothing.
+// e**x within 2 units in the last place; from 89 on it is infinity, below -87 it is 0, so that a masked score (-inf) weighs nothing.
 // Source: Cephes' expf (minimax polynomial on [-ln2/2, ln2/2] after taking out powers of two).
 inline F vexp(F x) {
-  F n = round_even(mul(vmax(x, set1(-88.0f)), set1(1.44269504088896341f)));
-  F r = fma(n, set1(-0.693359375f), vmax(x, set1(-88.0f)));
+  const F within = vmin(vmax(x, set1(-88.0f)), set1(89.0f));  // powers of two beyond are no exponents of a float
+  F n = round_even(mul(within, set1(1.44269504088896341f)));
+  F r = fma(n, set1(-0.693359375f), within);
   r = fma(n, set1(2.12194440e-4f), r);
   F p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));

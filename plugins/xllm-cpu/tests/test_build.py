@@ -91,7 +91,10 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
         "isa.FOLDER = pathlib.Path(sys.argv[1])\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
     )
-    tests = [str(ROOT / "tests" / name) for name in ("test_exactness.py", "test_hostile.py", "test_quantized.py")]
+    tests = [
+        str(ROOT / "tests" / name)
+        for name in ("test_exactness.py", "test_hostile.py", "test_quantized.py", "test_blocks.py")
+    ]
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),

@@ -12,6 +12,7 @@ from xllm_cpu.isa import runnable
 from xllm_core import LLM, SamplingParams
 from xllm_core.testing import check_plugin
 from xllm_core.testing.tiny import tiny_config, write_tiny
+from xllm_core.testing.tiny_gguf import Kind, write_tiny_gguf
 from xllm_core.testing.verify import QUICK, Verifier
 
 PROMPTS = [
@@ -23,6 +24,19 @@ PROMPTS = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of two layers, grouped heads."""
     return str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path_factory.mktemp("tiny")))
+
+
+KINDS = {"k_proj": Kind.Q4_0, "v_proj": Kind.Q8_0, "embed_tokens": Kind.Q8_0}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same, tied and as one file of blocks: Q4_1, and what stands in `KINDS`."""
+    folder = tmp_path_factory.mktemp("file")
+    source = write_tiny(tiny_config("LlamaForCausalLM", head_dim=16, tie_word_embeddings=True), folder / "source")
+    no_tokenizer = {"tokenizer.ggml.tokens": None}
+    kinds = {"kind_of": lambda name: KINDS.get(name.split(".")[-2], Kind.Q4_1), "metadata": no_tokenizer}
+    return str(write_tiny_gguf(source, folder / "m.gguf", **kinds))
 
 
 def tokens(model: str, **settings: Any) -> list[list[int]]:
@@ -57,28 +71,31 @@ def scores(model: str, **settings: Any) -> torch.Tensor:
     return torch.tensor(found)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "gguf"])
 @pytest.mark.parametrize("isa", runnable())
-def test_quantised_scores_of_the_reference(model: str, isa: str) -> None:
+def test_quantised_scores_of_the_reference(model: str, file: str, isa: str, quantization: str) -> None:
     """The same format, whoever computes it: what remains, where the last bit of a silu moves a byte by one, is far below what 8 bits cost."""
-    plugin = {"cpu": {"isa": isa}}
-    expected, exact = (scores(model, device="core/reference", quantization=q) for q in ("int8", None))
-    found = scores(model, device="cpu/cpu", quantization="int8", plugin=plugin)
+    plugin, model = {"cpu": {"isa": isa}}, file if quantization == "gguf" else model
+    expected, exact = (scores(model, device="core/reference", quantization=q) for q in (quantization, None))
+    found = scores(model, device="cpu/cpu", quantization=quantization, plugin=plugin)
     cost = float((expected - exact).square().mean())
     assert cost > 0 and float((found - expected).square().mean()) < cost / 4
 
 
-def test_quantised_parts(model: str) -> None:
+@pytest.mark.parametrize(("quantization", "ops"), [("int8", "int8"), ("gguf", "blocks")])
+def test_quantised_parts(model: str, file: str, quantization: str, ops: str) -> None:
     """The fusion and the head of the format are in use."""
-    with LLM(model, num_blocks=64, quantization="int8", device="cpu/cpu") as llm:
-        used = {name: part for name, part in llm.info.kernels.items() if name.endswith("int8")}
-    assert used == {name: f"cpu/{name}" for name in ("linear_int8", "lm_head_int8", "linear_silu_mul_int8")}
+    with LLM(file if ops == "blocks" else model, num_blocks=64, quantization=quantization, device="cpu/cpu") as llm:
+        used = {name: part for name, part in llm.info.kernels.items() if name.endswith(ops)}
+    assert used == {name: f"cpu/{name}" for name in (f"linear_{ops}", f"lm_head_{ops}", f"linear_silu_mul_{ops}")}
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "int8", "gguf"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_verify_to_the_bit(model: str, dtype: str, quantization: str | None) -> None:
+def test_verify_to_the_bit(model: str, file: str, dtype: str, quantization: str | None) -> None:
     """The quick matrix. The device promises equal rows, so no near tie excuses a difference. Dies with any kernel that feels its neighbours."""
     settings = {"quantization": quantization} if quantization else {}
+    model = file if quantization == "gguf" else model
     report = Verifier(model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu", **settings).run()
     assert report.has_passed, [
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed

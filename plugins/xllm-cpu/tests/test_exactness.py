@@ -32,6 +32,13 @@ def test_products_of_any_number_of_rows(
         assert torch.equal(op(x[first : first + rows], prepared), whole[first : first + rows]), rows
 
 
+def test_activation_of_any_size(device: CpuDevice, dtype: torch.dtype) -> None:
+    """Far from zero silu is nothing, or its argument. Dies with an exponential that is made of an exponent that no float has."""
+    gate = torch.tensor([-3e38, -1e6, -200.0, -89.5, -88.9, -88.0, -20.0, -1.0, 0.0, 1.0, 90.0, 3e38]).to(dtype)
+    found = SiluMul(device)(torch.cat((gate, torch.ones_like(gate))).unsqueeze(0))[0].float()
+    assert torch.allclose(found, torch.nn.functional.silu(gate.double()).float(), rtol=2**-8, atol=1e-30)
+
+
 def test_rows_of_the_other_ops(device: CpuDevice, dtype: torch.dtype) -> None:
     """Norms and activation too."""
     torch.manual_seed(1)

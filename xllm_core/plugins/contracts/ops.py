@@ -35,6 +35,9 @@ Ops over quantised weights, asked for where `[model] quantization` names the for
 | `linear_int8` | `QuantizedLinearOp` over `(int8 [out, in], float32 [out])`, returns [T, out] | `linear` in 8-bit integers, see below |
 | `lm_head_int8` | the same, returns [T, out] float32 | `lm_head` likewise |
 | `linear_silu_mul_int8` | the same, returns [T, out / 2] | fusion of `linear_int8` and `silu_mul` |
+| `linear_blocks` | `QuantizedLinearOp` over (codes, scales) or (codes, scales, minimums), returns [T, out] | `linear` over blocks, see below |
+| `lm_head_blocks` | the same, returns [T, out] float32 | `lm_head` likewise |
+| `linear_silu_mul_blocks` | the same, returns [T, out / 2] | fusion of `linear_blocks` and `silu_mul` |
 
 Format "int8". A row of a weight, whose largest magnitude is a, becomes round(r * (127 / a)) and a step a / 127. A token's row of x, with
 lo = min(0, least) and hi = max(0, largest), becomes bytes b = min(255, round(x * f) + z), where f = 255 / (hi - lo) and z = round(-lo * f), and
@@ -42,16 +45,27 @@ a step (hi - lo) / 255. Halves go to even. Sums of (b - z) * r are exact 32-bit 
 sum * (step of x * step of weight) + bias, each in float32 and in this order, rounded to the model's dtype at the end. A row with a range below
 2**-100 is zeros, and a row of x whose range is not finite gives NaN. So kernels agree to the bit, but for silu.
 
+Blocks. A row of a weight is blocks of 32 columns, each with a scale d and for some kinds a minimum m, both float16 [out, in / 32]. Codes c are
+int8 [out, in], or of 4 bits: uint8 [out, in / 2], where byte j of a block's 16 holds column j in its low half and column j + 16 in its high half, as
+0 .. 15 where there are minimums, as 8 more than the code where there are none. A weight is d * c, or d * c + m. A block of 32 elements of x, whose
+largest magnitude is a, becomes q = round(x * (127 / a)), halves to even, and a step s = a / 127: per block, as a large element then costs its 31
+neighbours precision, and not the row. sum(q * c) over a block is an exact integer; sum(q * c) * (s * d), plus (s * sum(q)) * m where there are
+minimums, are added up block after block from the first on, then comes the bias, each product and sum rounded to float32 by itself; the result is
+rounded to the model's dtype at the end. A block with a below 2**-100 is zeros, and one that is not finite gives NaN. So kernels agree to the bit, but
+for silu, and however codes are held: 4 bits may be held in 8, and a minimum of 0 changes nothing.
+
 A plugin may fuse under names of its own, for models that ask for them: `Parts.op(name, unfused=...)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+    from xllm_core.plugins.contracts.weights import PackedTensor
 
 CORE_OPS = ("linear", "embedding", "rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "block_copy")
 """Every device brings these."""
@@ -70,12 +84,18 @@ QUANTIZED_OPS: Mapping[str, tuple[str, ...]] = {
     "linear_int8": (),
     "lm_head_int8": (),
     "linear_silu_mul_int8": ("linear_int8", "silu_mul"),
+    "linear_blocks": (),
+    "lm_head_blocks": (),
+    "linear_silu_mul_blocks": ("linear_blocks", "silu_mul"),
 }
 """Ops over quantised weights, and for fusions what they replace."""
 
+BLOCK_COLUMNS = 32
+"""Columns of a weight that share a scale in the ops over blocks."""
+
 REFERENCE_OPS = {
     op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
-    for op in (*CORE_OPS, *MODEL_OPS, "linear_int8", "lm_head_int8")
+    for op in (*CORE_OPS, *MODEL_OPS, *(name for name, replaced in QUANTIZED_OPS.items() if not replaced))
 }
 """Targets of the definitions, fusions left out.
 
@@ -106,11 +126,19 @@ class Quantization(Protocol):
         """One weight [out, in], in the model's dtype and on the device, finite. Returns what ops of the format take in `prepare`; keeps nothing."""
 
 
+class PackedQuantization(Protocol):
+    """A format that files hold weights in, served as it is. Its spec names the kinds of `PackedTensor` that it takes (`QuantizationSpec.kinds`)."""
+
+    def stack(self, tensors: Sequence[PackedTensor]) -> tuple[torch.Tensor, ...]:
+        """Tensors of equal width, one above the other; kinds may differ. Returns what ops of the format take in `prepare`, on the host; may alias
+        `tensors`. Floating-point tensors among them are checked to be finite."""
+
+
 class QuantizedLinearOp(Protocol):
     """A linear map over a weight in some format; activations are its own affair, as the format says."""
 
     def prepare(self, weight: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> Any:
-        """Lay out what `Quantization.quantize` made, and bias [out] in the model's dtype. As `LinearOp.prepare`."""
+        """Lay out what `Quantization.quantize` or `PackedQuantization.stack` made, and bias [out] in the model's dtype. As `LinearOp.prepare`."""
 
     def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x: [T, in], model dtype, contiguous. Returns [T, out]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,25 @@ class Checkpoint(Protocol):
 
     def fingerprint(self) -> str:
         """Hex digest over configuration, tensor headers, sizes and sampled bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A weight [out, in] as a file packs it. kind: of its packing, such as "Q4_1". blocks: [out, blocks of a row, bytes of a block] uint8."""
+
+    kind: str
+    blocks: torch.Tensor
+
+
+@runtime_checkable
+class HoldsPacked(Protocol):
+    """A `Checkpoint` that can also give weights as they are packed. What it names here it gives by `read`, unpacked, too."""
+
+    def packed(self) -> Mapping[str, str]:
+        """Kind of every tensor of two dimensions that is packed in blocks along rows, by name. From headers, without torch."""
+
+    def read_packed(self, name: str) -> PackedTensor:
+        """One of them, on the host; rows in the order of `read`. May alias the mapped file, so it is only read."""
 
 
 class WeightFormat(Protocol):

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
 
 from xllm_core.errors import ModelFormatError, ModelNotFoundError
-from xllm_core.plugins.contracts.weights import TensorInfo, TokenizerFiles
+from xllm_core.plugins.contracts.weights import PackedTensor, TensorInfo, TokenizerFiles
 from xllm_core.runtime.formats.gguf_config import config_from_header
 from xllm_core.runtime.formats.gguf_header import GGUFHeader, GGUFTensor
 from xllm_core.runtime.formats.gguf_tokenizer import KNOWN_PRE_TOKENIZERS, convert_tokenizer
@@ -96,20 +96,25 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """Unpack one tensor; llama's query and key rows go back into the order of half-split rotation."""
-        import torch
-
         from xllm_core.runtime.formats.gguf_quants import unpack
 
-        if name not in self._stored:
-            raise ModelFormatError(f"{self._path}: holds no tensor for {name!r}")
-        stored = self._stored[name]
-        raw = torch.frombuffer(self._header.data, dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset)
-        tensor = unpack(raw, stored.kind, stored.shape)
-        if self._config["model_type"] == "llama" and ".self_attn.q_proj." in name:
-            return _halves(tensor, self._config["num_attention_heads"])
-        if self._config["model_type"] == "llama" and ".self_attn.k_proj." in name:
-            return _halves(tensor, self._config["num_key_value_heads"])
-        return tensor
+        stored = self._find(name)
+        return self._in_order(unpack(self._raw(stored), stored.kind, stored.shape), name)
+
+    def packed(self) -> Mapping[str, str]:
+        """Matrices whose rows are blocks of a scale and codes."""
+        return {
+            name: tensor.kind.name
+            for name, tensor in self._stored.items()
+            if len(tensor.shape) == 2 and GGML_QUANT_SIZES[tensor.kind][0] > 1
+        }
+
+    def read_packed(self, name: str) -> PackedTensor:
+        """Blocks as they lie in the file; only llama's query and key rows, which change places, are copied."""
+        stored = self._find(name)
+        items, size = GGML_QUANT_SIZES[stored.kind]
+        blocks = self._raw(stored).view(stored.shape[0], stored.shape[1] // items, size)
+        return PackedTensor(stored.kind.name, self._in_order(blocks, name))
 
     def tokenizer(self) -> TokenizerFiles:
         """Conversion is left to `convert`. extra: "pre_tokenizer", and "warnings" where its splitting is not known to be right."""
@@ -144,6 +149,23 @@ class GGUFCheckpoint:
                 first = tensor.offset + start
                 digest.update(data[first : min(first + _SAMPLED_BYTES, tensor.offset + tensor.num_bytes)])
         return digest.hexdigest()
+
+    def _find(self, name: str) -> GGUFTensor:
+        if name not in self._stored:
+            raise ModelFormatError(f"{self._path}: holds no tensor for {name!r}")
+        return self._stored[name]
+
+    def _raw(self, stored: GGUFTensor) -> torch.Tensor:
+        import torch
+
+        return torch.frombuffer(self._header.data, dtype=torch.uint8, count=stored.num_bytes, offset=stored.offset)
+
+    def _in_order(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        heads = {".self_attn.q_proj.": "num_attention_heads", ".self_attn.k_proj.": "num_key_value_heads"}
+        field = next((field for part, field in heads.items() if part in name), None)
+        if field is None or self._config["model_type"] != "llama":
+            return rows
+        return _halves(rows, self._config[field])
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """End of text, of turn, of message: llama.cpp stops at any of them."""

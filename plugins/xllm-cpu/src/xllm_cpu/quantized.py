@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from xllm_cpu.ops import Linear, Packed, _check, _is_bf16, _rows
 
 _MOST_COLUMNS = 1 << 16  # 255 * 127 times as many fit 32 bits
+_BLOCK = 32
 
 
 class LinearInt8(Linear):
@@ -51,5 +53,66 @@ class LinearSiluMulInt8(LinearInt8):
 
 class LmHeadInt8(LinearInt8):
     """`lm_head_int8`: sums are scaled, and stay as they are."""
+
+    _is_wide = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBlocks(Packed):
+    """A weight in panels of blocks."""
+
+    is_4_bit: bool
+    has_minimums: bool
+
+
+class LinearBlocks(Linear):
+    """`linear_blocks`: codes of 4 or 8 bits as the file has them, a scale per 32 columns, a step per 32 elements of x."""
+
+    def prepare(self, weight: Any, bias: torch.Tensor | None) -> PackedBlocks:
+        """weight: uint8 [out, in / 2] or int8 [out, in], scales and for some kinds minimums [out, in / 32] float16. Packed; none is kept."""
+        codes, scales, *rest = weight
+        is_4_bit, native = codes.dtype == torch.uint8, self._native
+        is_right = codes.dim() == 2 and (is_4_bit or codes.dtype == torch.int8) and len(rest) < 2
+        _check(is_right, "4-bit codes uint8 [out, in / 2] or 8-bit codes int8 [out, in] are wanted", *weight)
+        n, k = codes.shape[0], codes.shape[1] * (2 if is_4_bit else 1)
+        _check(k % _BLOCK == 0, f"rows of {k} are not whole blocks of {_BLOCK}", *weight)
+        for tensor in (scales, *rest):
+            is_right = tensor.shape == (n, k // _BLOCK) and tensor.dtype == torch.float16
+            _check(is_right, f"scales and minimums must be [{n}, {k // _BLOCK}] float16", *weight)
+        _check(not self._fuses or n % 2 == 0, "gate and up must be equally many", *weight)
+        codes, scales = codes.contiguous(), scales.contiguous()
+        minimums = rest[0].contiguous() if rest else None
+        packed = self._allocate(native.blocks_bytes(n, k, is_4_bit, minimums is not None, self._fuses), torch.uint8)
+        native.pack_blocks(
+            codes.data_ptr(), scales.data_ptr(), minimums.data_ptr() if minimums is not None else None, n, k, is_4_bit, self._fuses,
+            packed.data_ptr(),
+        )  # fmt: skip
+        return PackedBlocks(packed, self._pack_bias(bias, n), n, k, is_4_bit, minimums is not None)
+
+    def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out]."""
+        assert isinstance(prepared, PackedBlocks)
+        n, k, native = prepared.out_features, prepared.in_features, self._native
+        _check(x.dim() == 2 and x.shape[1] == k, f"x must be [T, {k}]", x)
+        is_bf16, x = _is_bf16(x), _rows(x)
+        width = n // 2 if self._fuses else n
+        out = torch.empty(x.shape[0], width, dtype=torch.float32 if self._is_wide else x.dtype)
+        room = torch.empty(x.shape[0], native.blocks_room(k), dtype=torch.uint8)
+        bias = prepared.bias.data_ptr() if prepared.bias is not None else None
+        native.linear_blocks(
+            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), room.data_ptr(), x.shape[0], n, k, x.stride(0), width, is_bf16,
+            prepared.is_4_bit, prepared.has_minimums, self._fuses, self._is_wide,
+        )  # fmt: skip
+        return out
+
+
+class LinearSiluMulBlocks(LinearBlocks):
+    """`linear_silu_mul_blocks`: silu(gate(x)) * up(x) for stacked gate and up; nothing is rounded in between."""
+
+    _fuses = 1
+
+
+class LmHeadBlocks(LinearBlocks):
+    """`lm_head_blocks`: sums stay as they are."""
 
     _is_wide = 1
