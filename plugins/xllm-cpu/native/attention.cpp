@@ -67,6 +67,7 @@ template <class E> struct Worker {
   int64_t ahead[CHUNK];  // elements from the start of the cache: positions of the next chunk
   int num_ahead = 0, next_ahead = 0;
   bool is_ahead = false;  // the chunk that comes next was asked for
+  const int32_t* following = nullptr;  // the task that this thread takes next, if that is known
   int row = 0, kv_head = 0, num_kv_heads = 1, first = 0, tokens = 0, per_head = 0, num_queries = 0, past = 0;
 
   Worker(const Layer& c, Buffers<E>& b)
@@ -106,8 +107,8 @@ template <class E> struct Worker {
   int num_splits() const { return last() / SPLIT + 1; }
 
   // Calls fn(p, element offset of the keys and values of `head` at position start + p) for positions from `from` to `to` of a chunk whose block is there.
-  template <class Fn> void each_slot(int head, int start, int from, int to, Fn fn) const {
-    const int32_t* table = call.tables + row * call.table_width;
+  template <class Fn> void each_slot(int of_row, int head, int start, int from, int to, Fn fn) const {
+    const int32_t* table = call.tables + of_row * call.table_width;
     const int64_t stride = static_cast<int64_t>(call.num_kv_heads) * head_size;
     for (int p = std::max(0, from - start), end = std::min(CHUNK, to - start); p < end;) {
       const int index = (start + p) / call.block_size, slot = (start + p) % call.block_size, block_end = std::min(end, p + call.block_size - slot);
@@ -126,37 +127,51 @@ template <class E> struct Worker {
   // would wait for each line.
   void touch(int start, int from, int to) const {
     for (const void* cache : {call.k, call.v})
-      each_slot(kv_head, start, from, to, [&](int, int64_t offset) {
+      each_slot(row, kv_head, start, from, to, [&](int, int64_t offset) {
         const auto* line = reinterpret_cast<const volatile char*>(static_cast<const T*>(cache) + offset);
         for (int64_t at = 0; at < bytes_of_all(); at += 64) (void)line[at];
       });
   }
 
+#if defined(__AVX512F__)
   // The next chunk of all heads is asked for a position at a time, between tiles of this one: by the hundred, prefetches would be dropped.
-  void look_ahead(int start, int from, int to) {
+  // Behind the last one comes the first of the task that follows, if it is one of all heads as well.
+  void look_ahead(int start) {
     num_ahead = next_ahead = 0;
-    if (num_kv_heads > 1) each_slot(kv_head, start, from, to, [&](int, int64_t offset) { ahead[num_ahead++] = offset; });
+    if (num_kv_heads == 1) return;
+    const auto add = [&](int, int64_t offset) { ahead[num_ahead++] = offset; };
+    if (start <= last()) each_slot(row, kv_head, start, begin_of(0), last() + 1, add);
+    else if (following != nullptr && following[1] == ALL && call.window == 0) each_slot(following[0], 0, 0, 0, call.kv_lens[following[0]], add);
+    is_ahead = num_ahead > 0;
   }
   void fetch_ahead() {
-#if defined(__AVX512F__)
     if (next_ahead == num_ahead) return;
     const int64_t offset = ahead[next_ahead++];
     for (const void* cache : {call.k, call.v}) {
       const auto* line = reinterpret_cast<const char*>(static_cast<const T*>(cache) + offset);
       for (int64_t at = 0; at < bytes_of_all(); at += 64) _mm_prefetch(line + at, _MM_HINT_T1);
     }
-#endif
   }
+#else
+  void look_ahead(int) {}
+  void fetch_ahead() {}
+#endif
 
-  // Where keys and values of a chunk lie; null for what is outside, which may never have been written and counts as zero.
+  // Where keys and values of a chunk lie, of the first head; null for what is outside, which may never have been written and counts as zero.
   struct Found {
     const T* keys[CHUNK] = {};
     const T* values[CHUNK] = {};
+    int end = 0;  // positions from here on are outside
+    void shift(int64_t offset) {
+      for (auto* list : {keys, values})
+        for (int p = 0; p < end; p++) list[p] = list[p] != nullptr ? list[p] + offset : nullptr;
+    }
   };
-  void find(int head, int start, int from, int to, Found& found) const {
-    each_slot(head, start, from, to, [&](int p, int64_t offset) {
+  void find(int start, int from, int to, Found& found) const {
+    each_slot(row, kv_head, start, from, to, [&](int p, int64_t offset) {
       found.keys[p] = static_cast<const T*>(call.k) + offset;
       found.values[p] = static_cast<const T*>(call.v) + offset;
+      found.end = p + 1;
     });
   }
   static const T* part_of(const T* row, int64_t panel) { return row != nullptr ? row + panel * NR : nullptr; }
@@ -231,13 +246,12 @@ template <class E> struct Worker {
     const int begin = std::max(split * SPLIT, begin_of(0) / CHUNK * CHUNK), end = std::min((split + 1) * SPLIT, last() + 1);
     for (int start = begin; start < end; start += CHUNK) {
       if (num_kv_heads > 1 && !is_ahead) touch(start, begin_of(0), end);
-      const int next = start + CHUNK;
-      look_ahead(next, begin_of(0), std::min(next + CHUNK, last() + 1));  // beyond the split as well
-      is_ahead = num_ahead > 0;
+      look_ahead(start + CHUNK);  // beyond the split as well
+      Found found;
+      find(start, begin_of(0), end, found);
       for (int head = 0; head < num_kv_heads; head++) {
         const int past_head = (head + 1) * per_head;
-        Found found;
-        find(kv_head + head, start, begin_of(0), end, found);
+        if (head > 0) found.shift(head_size);
 #if defined(__AVX512F__)
         if constexpr (E::P == 2)
           if (per_head <= FEW && head_size % NR == 0) {
@@ -252,6 +266,7 @@ template <class E> struct Worker {
           with_rows(count, [&]<int MR>() { chunk<MR>(query, start); });
         }
       }
+      while (next_ahead < num_ahead) fetch_ahead();  // what fewer tiles left
     }
   }
 
@@ -261,7 +276,7 @@ template <class E> struct Worker {
     for (int p = 0; p < CHUNK; p += 16) {
       F c[MR];
       for (int i = 0; i < MR; i++) c[i] = zero();
-      for (int64_t d = 0; d < head_size; d += 32) {
+      for (int64_t d = 0; d < head_size && p < found.end; d += 32) {
         const void* rows[16];
         for (int i = 0; i < 16; i++) rows[i] = found.keys[p + i] != nullptr ? found.keys[p + i] + d : nullptr;
         I turned[16];
@@ -325,7 +340,7 @@ template <class E> struct Worker {
     }
     if (from > 0 || to < CHUNK) {
       for (int n = 0; n < N; n++) store(s + n * W, x[n]);
-      for (int p = 0; p < from; p++) s[p] = NONE;
+      for (int p = 0; p < std::min(from, CHUNK); p++) s[p] = NONE;
       for (int p = std::max(0, to); p < CHUNK; p++) s[p] = NONE;
       for (int n = 0; n < N; n++) x[n] = load(s + n * W);
     }
@@ -400,10 +415,15 @@ template <class E, class Fn> void with_worker(const Layer& call, Fn fn) {
 }
 
 template <class E> void run_tasks(const Layer& call) {
-  const int64_t grain = std::max<int64_t>(1, call.num_tasks / (16 * num_threads()));
+  const bool is_decode = call.num_tasks > 0 && call.tasks[1] == ALL && call.tasks[3 * call.num_tasks - 2] == ALL;
+  const int64_t grain = std::max<int64_t>(1, call.num_tasks / ((is_decode ? 4 : 16) * num_threads()));
   parallel_for((call.num_tasks + grain - 1) / grain, [&](int64_t piece) {
     with_worker<E>(call, [&](Worker<E>& worker) {
-      for (int64_t i = piece * grain; i < std::min(call.num_tasks, (piece + 1) * grain); i++) worker.run(call.tasks + 3 * i);
+      const int64_t end = std::min<int64_t>(call.num_tasks, (piece + 1) * grain);
+      for (int64_t i = piece * grain; i < end; i++) {
+        worker.following = i + 1 < end ? call.tasks + 3 * (i + 1) : nullptr;
+        worker.run(call.tasks + 3 * i);
+      }
     });
   });
 }
