@@ -50,9 +50,13 @@ _SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are 
 _STORE_STATS_S = 1.0  # how often a KV store is asked what it has counted
 _LOADING_EVERY_S = 0.2
 _GATHER_SHARE = (
-    0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
+    0.05  # of a step: what an idle engine waits for a second request, so that those that come together run together
 )
-_MAX_GATHER_S = 0.02
+_GATHER_GAP_S = (
+    0.003  # what it waits for one more while they keep coming, or where several ended a moment ago and are likely to
+)
+_MAX_GATHER_S = 0.03
+_CROWD = 4
 
 
 class Channel:
@@ -98,6 +102,8 @@ class EngineLoop:
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
         self._last_step_s = 0.0
+        self._last_rows = 0
+        self._is_tidy = False
         engine.scheduler.events = SchedulerEvents()
 
     def run(self, taken: list[ToEngine]) -> None:
@@ -120,10 +126,15 @@ class EngineLoop:
 
     def _gather(self) -> None:
         """Take what else arrives in a small part of a step's time: started alone, the first of many requests costs the others a step."""
-        deadline_s = time.monotonic() + min(_MAX_GATHER_S, _GATHER_SHARE * self._last_step_s)
+        deadline_s = time.monotonic() + min(_MAX_GATHER_S, self._last_step_s)
+        gap_s = _GATHER_GAP_S if self._last_rows >= _CROWD else _GATHER_SHARE * self._last_step_s
         while not self._is_stopping and (left_s := deadline_s - time.monotonic()) > 0:
-            for message in self._channel.receive(left_s):
+            arrived = self._channel.receive(min(left_s, gap_s))
+            if not arrived:
+                return
+            for message in arrived:
                 self._take(message)
+            gap_s = _GATHER_GAP_S
 
     def _patience_s(self) -> float | None:
         if self._engine.has_work:
@@ -145,6 +156,9 @@ class EngineLoop:
             self._engine.abort(message.request_id, message.index)
         elif isinstance(message, messages.Ping):
             self._channel.send(messages.Pong(self._stats()))
+            if not self._is_tidy and not self._engine.has_work:
+                self._is_tidy = True
+                _give_back_memory()
         elif isinstance(message, messages.Stop):
             self._is_stopping = True
 
@@ -152,7 +166,7 @@ class EngineLoop:
         started_s = time.monotonic()
         outputs = self._engine.step()
         if outputs:  # the last steps of a batch have nothing to do
-            self._last_step_s = time.monotonic() - started_s
+            self._last_step_s, self._last_rows = time.monotonic() - started_s, len(outputs)
         events, stats = self._engine.scheduler.events, self._stats()
         assert events is not None
         if outputs or events.admitted or events.preempted or stats != self._told:
@@ -209,15 +223,16 @@ def build(
     try:
         return _build(settings, channel, planned)
     finally:
-        gc.collect()  # frames of refusals on the way keep what was opened, the model's file with them
-        _give_back_memory()
         gc.freeze()
         gc.enable()
 
 
 def _give_back_memory() -> None:
-    """What loading used and freed goes back to the system, where the C library can say so (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    """What the start used and nobody needs, once, when there is time: frames keep what was opened on the way, the model's file with it."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed, unless it is told
     if trim is not None:
         trim(0)
 
