@@ -110,6 +110,7 @@ class Metrics:
         self._model_name = model_name
         self._requests: dict[str, _Times] = {}
         self._seen = [EngineStats() for _ in range(num_engines)]
+        self._last = self._seen.copy()
         self._make_gauges(num_engines)
         self._make_counters(num_engines)
         self._make_histograms()
@@ -117,6 +118,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """What Prometheus scrapes."""
+        for engine in range(len(self._seen)):
+            self._show_stats(engine)
         return generate_latest(self.registry)
 
     # ---- RequestWatcher ----------------------------------------------------------------------------------------------------
@@ -190,10 +193,12 @@ class Metrics:
         self._request_preemptions.observe(times.num_preemptions)
 
     def engine_stats(self, engine: int, stats: EngineStats) -> None:
-        """State of an engine after a step; its totals only grow."""
-        seen, self._seen[engine] = self._seen[engine], stats
-        if stats == seen:
-            return
+        """State of an engine after a step; its totals only grow. Kept until somebody looks: steps are many, looks are few."""
+        self._last[engine] = stats
+
+    def _show_stats(self, engine: int) -> None:
+        stats, seen = self._last[engine], self._seen[engine]
+        self._seen[engine] = stats
         self._running[engine].set(stats.num_running)
         self._waiting[engine].set(stats.num_waiting + stats.num_waiting_for_kv)
         self._waiting_capacity[engine].set(stats.num_waiting)

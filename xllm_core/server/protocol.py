@@ -53,7 +53,7 @@ class _AnsweringTransport:
 
 
 class ServerProtocol(H11Protocol):
-    """One connection. Its transport stands in `scope["state"]["transport"]`, for whoever has to cut it, and its `FlowControl` in "flow".
+    """One connection. Its transport stands in `scope["state"]["transport"]`, for whoever has to cut it, and `write_part` under its name.
 
     Bind limits with `limited`: uvicorn makes instances itself.
     """
@@ -66,7 +66,7 @@ class ServerProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count it, and give it a time for its first request."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "transport": transport, "flow": self.flow}
+        self.app_state = {**self.app_state, "transport": transport, "write_part": self.write_part}
         self._deadline: asyncio.TimerHandle | None = None
         self._unsent_check: asyncio.TimerHandle | None = None
         self._is_ending = False
@@ -103,6 +103,21 @@ class ServerProtocol(H11Protocol):
         super().handle_events()
         if self.cycle is not None:
             self.cycle.transport = self._answering  # type: ignore[assignment]
+
+    def write_part(self, part: bytes) -> bool:
+        """Write a part of a body that has begun, past the application's layers, which would add time and nothing else. False, and nothing
+        written, where that is not possible now: before the body, behind a client that does not read, or to HTTP/1.0.
+        """
+        conn = self.conn
+        if (
+            conn.our_state is not h11.SEND_BODY
+            or self.flow.write_paused
+            or conn.their_http_version != b"1.1"
+            or not part
+        ):
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))  # as h11 frames a body of unknown length
+        return True
 
     def on_response_complete(self) -> None:
         """A response went out, as far as the client takes it."""

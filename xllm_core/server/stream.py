@@ -8,13 +8,12 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
-from uvicorn.protocols.http.flow_control import FlowControl
 
 from xllm_core.errors import XllmError
 from xllm_core.frontend.serving import Answer, Serving
@@ -54,7 +53,8 @@ class Chunks:
     def __init__(self, reply: Reply, answer: Answer) -> None:
         self._reply = reply
         self._answer = answer
-        self._kind = "chat.completion.chunk" if reply.job.is_chat else "text_completion"
+        kind = "chat.completion.chunk" if reply.job.is_chat else "text_completion"
+        self._head = b"data: %b," % _encode(reply.head(kind))[:-1]  # the same in every event
         self._sent = [[_Sent() for _ in group.outputs] for group in answer.outputs]
 
     def new(self) -> Iterator[bytes]:
@@ -112,11 +112,9 @@ class Chunks:
         return first | ({"prompt_token_ids": group.prompt_token_ids} if self._reply.job.has_token_ids else {})
 
     def _event(self, rest: dict[str, Any]) -> bytes:
-        job = self._reply.job
-        chunk = self._reply.head(self._kind) | rest
-        if job.has_usage_always and "usage" not in rest:
-            chunk["usage"] = self._reply.usage(self._answer.outputs)
-        return event(chunk)
+        if self._reply.job.has_usage_always and "usage" not in rest:
+            rest["usage"] = self._reply.usage(self._answer.outputs)
+        return b"%b%b\n\n" % (self._head, _encode(rest)[1:])
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -161,14 +159,14 @@ class EventStream(Response):
         self._refuse = refuse
         self._on_gone = on_gone
         self._has_begun = False
-        self._flow: FlowControl | None = None
+        self._write_part: Callable[[bytes], bool] = lambda part: False
         self._is_silent = False
         self._spoke_s = 0.0
         self._comment_timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Send until the answer, the client or the server ends."""
-        self._flow = scope["state"]["flow"]  # as `transport`, put there by `server.protocol`
+        self._write_part = scope["state"]["write_part"]  # as `transport`, put there by `server.protocol`
         if self._comment_interval_s:
             self._spoke_s = time.monotonic()
             self._set_comment_timer(self._comment_interval_s)
@@ -198,8 +196,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         try:
-            async for piece in self._pieces():
-                await self._put(send, piece)
+            await self._write_answer(send)
         except TimeoutError:
             raise
         except Exception as error:  # noqa: BLE001  whatever ended the answer, the client hears that it is over
@@ -214,21 +211,21 @@ class EventStream(Response):
         async with asyncio.timeout(self._write_timeout_s):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _pieces(self) -> AsyncIterator[bytes]:
+    async def _write_answer(self, send: Send) -> None:
         """What goes out, as it comes. Raises what ended the answer early."""
-        answer = self._answer
+        answer, chunks = self._answer, self._chunks
         while True:
             raise_failure(answer)
             is_finished = answer.is_finished
-            if pieces := b"".join(self._chunks.new()):
-                yield pieces
+            if pieces := b"".join(chunks.new()):
+                await self._put(send, pieces)
             if is_finished:
-                yield b"".join(self._chunks.last())
+                await self._put(send, b"".join(chunks.last()))
                 return
             await answer.news()
             if self._is_silent:
                 self._is_silent = False
-                yield COMMENT
+                await self._put(send, COMMENT)
 
     def _set_comment_timer(self, delay_s: float) -> None:
         self._comment_timer = asyncio.get_running_loop().call_later(delay_s, self._look_for_silence)
@@ -243,17 +240,13 @@ class EventStream(Response):
 
     async def _put(self, send: Send, piece: bytes) -> None:
         self._spoke_s = time.monotonic()
-        if self._flow is not None and not self._flow.write_paused:  # nothing to wait for, so no timer either
-            await self._send(send, piece)
+        if self._has_begun and self._write_part(piece):
             return
         async with asyncio.timeout(self._write_timeout_s):
-            await self._send(send, piece)
-
-    async def _send(self, send: Send, piece: bytes) -> None:
-        if not self._has_begun:
-            self._has_begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if not self._has_begun:
+                self._has_begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 async def wait_disconnect(receive: Receive) -> None:
