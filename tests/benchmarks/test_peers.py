@@ -25,7 +25,6 @@ from benchmarks.peers.models import Models
 from benchmarks.peers.processes import Guard, Running
 from benchmarks.peers.rounds import rotated
 from benchmarks.peers.workloads import WORKLOADS, Answer, Shape, shrink
-from tests.fixtures.tiny_gguf import Kind, make_tiny_gguf
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.benchmark import Load, run_round
 from xllm_core.cli import root
@@ -34,6 +33,7 @@ from xllm_core.frontend.start import start_in_process
 from xllm_core.plugins.contracts.weights import TokenizerFiles
 from xllm_core.runtime.formats.gguf_file import GGUFCheckpoint
 from xllm_core.runtime.formats.safetensors_dir import SafetensorsDirectory
+from xllm_core.testing.tiny_gguf import Kind, write_tiny_gguf
 
 WORK = {work.name: work for work in WORKLOADS}
 
@@ -330,7 +330,7 @@ def test_models_of_the_peers_hold_the_same_weights(tmp_path: Path) -> None:
     """Q4_1 unpacked to float16 and written as a directory of bfloat16."""
     source = tmp_path / "hf"
     make_tiny("llama", source)
-    packed = make_tiny_gguf(source, tmp_path / "m.gguf", kind_of=lambda name: Kind.Q4_1 if "mlp" in name else Kind.F32)
+    packed = write_tiny_gguf(source, tmp_path / "m.gguf", kind_of=lambda name: Kind.Q4_1 if "mlp" in name else Kind.F32)
     models.write_gguf(packed, tmp_path / "f16.gguf")
     (tmp_path / "out").mkdir()
     models.write_weights(GGUFCheckpoint(packed), tmp_path / "out")
