@@ -50,13 +50,9 @@ _SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are 
 _STORE_STATS_S = 1.0  # how often a KV store is asked what it has counted
 _LOADING_EVERY_S = 0.2
 _GATHER_SHARE = (
-    0.05  # of a step: what an idle engine waits for a second request, so that those that come together run together
+    0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
 )
-_GATHER_GAP_S = (
-    0.003  # what it waits for one more while they keep coming, or where several ended a moment ago and are likely to
-)
-_MAX_GATHER_S = 0.03
-_CROWD = 4
+_MAX_GATHER_S = 0.02
 
 
 class Channel:
@@ -102,7 +98,6 @@ class EngineLoop:
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
         self._last_step_s = 0.0
-        self._last_rows = 0
         self._is_tidy = False
         engine.scheduler.events = SchedulerEvents()
 
@@ -126,15 +121,10 @@ class EngineLoop:
 
     def _gather(self) -> None:
         """Take what else arrives in a small part of a step's time: started alone, the first of many requests costs the others a step."""
-        deadline_s = time.monotonic() + min(_MAX_GATHER_S, self._last_step_s)
-        gap_s = _GATHER_GAP_S if self._last_rows >= _CROWD else _GATHER_SHARE * self._last_step_s
+        deadline_s = time.monotonic() + min(_MAX_GATHER_S, _GATHER_SHARE * self._last_step_s)
         while not self._is_stopping and (left_s := deadline_s - time.monotonic()) > 0:
-            arrived = self._channel.receive(min(left_s, gap_s))
-            if not arrived:
-                return
-            for message in arrived:
+            for message in self._channel.receive(left_s):
                 self._take(message)
-            gap_s = _GATHER_GAP_S
 
     def _patience_s(self) -> float | None:
         if self._engine.has_work:
@@ -166,7 +156,7 @@ class EngineLoop:
         started_s = time.monotonic()
         outputs = self._engine.step()
         if outputs:  # the last steps of a batch have nothing to do
-            self._last_step_s, self._last_rows = time.monotonic() - started_s, len(outputs)
+            self._last_step_s = time.monotonic() - started_s
         events, stats = self._engine.scheduler.events, self._stats()
         assert events is not None
         if outputs or events.admitted or events.preempted or stats != self._told:

@@ -298,7 +298,7 @@ class Resolver:
                 store = self.kv_store(KVStoreQuery(device_kind=facts.kind, kv_layout=kv_layout, block_size=block_size))
                 found.append(_Layout(block_size, kv_layout, geometry, attention, store))
             except ResolutionError as error:
-                errors.append(error.with_traceback(None))  # whose frames would keep the opened model for ever
+                errors.append(error)
         if not found:
             raise self._no_layout(facts, sizes, groups, errors)
         return min(found, key=self._rank)
