@@ -193,6 +193,17 @@ def test_idle_connections_are_closed(strict: Server) -> None:
         assert receive(connection).status == 200
 
 
+def test_a_stream_over_http_1_0(strict: Server) -> None:
+    """Its client knows no chunks: events follow one another, and the end of the connection is their end. Mutation: chunks for everybody."""
+    body = json.dumps({**SHORT, "stream": True}).encode()
+    with strict.connect() as connection:
+        connection.sendall(f"{HEAD.replace('HTTP/1.1', 'HTTP/1.0')}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = receive(connection)
+    events = answer.body.decode().split("\n\n")
+    assert answer.status == 200 and "transfer-encoding" not in answer.headers
+    assert len(events) >= 3 and events[-2:] == ["data: [DONE]", ""] and all(e.startswith("data: ") for e in events[:-1])
+
+
 def test_a_silent_stream_gets_comments(strict: Server) -> None:
     """While a request waits for its turn its client hears that the server lives; events are not disturbed."""
     with occupied(strict):

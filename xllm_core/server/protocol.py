@@ -106,11 +106,12 @@ class ServerProtocol(H11Protocol):
 
     def write_part(self, part: bytes) -> bool:
         """Write a part of a body that has begun, past the application's layers, which would add time and nothing else. False, and nothing
-        written, where that is not possible now: before the body, behind a client that does not read, or to HTTP/1.0.
+        written, where that is not possible now: before the body, behind a client that does not read or has gone, or to HTTP/1.0.
         """
         conn = self.conn
         if (
             conn.our_state is not h11.SEND_BODY
+            or self.transport.is_closing()
             or self.flow.write_paused
             or conn.their_http_version != b"1.1"
             or not part
