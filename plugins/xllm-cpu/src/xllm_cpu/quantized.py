@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,29 @@ _MOST_COLUMNS = 1 << 16  # 255 * 127 times as many fit 32 bits
 _BLOCK = 32
 
 
-class LinearInt8(Linear):
+class _OverBytes(Linear, ABC):
+    """A map whose rows of x become bytes first, in room of their own. Subclasses name the native calls."""
+
+    @abstractmethod
+    def _room_bytes(self, columns: int) -> int:
+        """Of a row."""
+
+    @abstractmethod
+    def _multiply(self, prepared: Packed, x: torch.Tensor, out: torch.Tensor, room: torch.Tensor, is_bf16: int) -> None:
+        """x [T, in] to out [T, out]."""
+
+    def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
+        """x: [T, in]. Returns [T, out]."""
+        n, k = prepared.out_features, prepared.in_features
+        _check(x.dim() == 2 and x.shape[1] == k, f"x must be [T, {k}]", x)
+        is_bf16, x = _is_bf16(x), _rows(x)
+        dtype = torch.float32 if self._is_wide else x.dtype
+        out = torch.empty(x.shape[0], n // 2 if self._fuses else n, dtype=dtype)
+        self._multiply(prepared, x, out, torch.empty(x.shape[0], self._room_bytes(k), dtype=torch.uint8), is_bf16)
+        return out
+
+
+class LinearInt8(_OverBytes):
     """`linear_int8`: products of bytes, a step per output channel and per row of x."""
 
     def prepare(self, weight: Any, bias: torch.Tensor | None) -> Packed:
@@ -29,20 +52,15 @@ class LinearInt8(Linear):
         native.pack_int8(values.data_ptr(), steps.data_ptr(), n, k, self._fuses, packed.data_ptr())
         return Packed(packed, self._pack_bias(bias, n), n, k)
 
-    def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
-        """x: [T, in]. Returns [T, out]."""
-        n, k, native = prepared.out_features, prepared.in_features, self._native
-        _check(x.dim() == 2 and x.shape[1] == k, f"x must be [T, {k}]", x)
-        is_bf16, x = _is_bf16(x), _rows(x)
-        width = n // 2 if self._fuses else n
-        out = torch.empty(x.shape[0], width, dtype=torch.float32 if self._is_wide else x.dtype)
-        room = torch.empty(x.shape[0], native.int8_room(k), dtype=torch.uint8)
+    def _room_bytes(self, columns: int) -> int:
+        return int(self._native.int8_room(columns))
+
+    def _multiply(self, prepared: Packed, x: torch.Tensor, out: torch.Tensor, room: torch.Tensor, is_bf16: int) -> None:
         bias = prepared.bias.data_ptr() if prepared.bias is not None else None
-        native.linear_int8(
-            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), room.data_ptr(), x.shape[0], n, k, x.stride(0), width, is_bf16,
-            self._fuses, self._is_wide,
+        self._native.linear_int8(
+            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), room.data_ptr(), x.shape[0], prepared.out_features,
+            prepared.in_features, x.stride(0), out.shape[1], is_bf16, self._fuses, self._is_wide,
         )  # fmt: skip
-        return out
 
 
 class LinearSiluMulInt8(LinearInt8):
@@ -65,7 +83,7 @@ class PackedBlocks(Packed):
     has_minimums: bool
 
 
-class LinearBlocks(Linear):
+class LinearBlocks(_OverBytes):
     """`linear_blocks`: codes of 4 or 8 bits as the file has them, a scale per 32 columns, a step per 32 elements of x."""
 
     def prepare(self, weight: Any, bias: torch.Tensor | None) -> PackedBlocks:
@@ -89,21 +107,16 @@ class LinearBlocks(Linear):
         )  # fmt: skip
         return PackedBlocks(packed, self._pack_bias(bias, n), n, k, is_4_bit, minimums is not None)
 
-    def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
-        """x: [T, in]. Returns [T, out]."""
+    def _room_bytes(self, columns: int) -> int:
+        return int(self._native.blocks_room(columns))
+
+    def _multiply(self, prepared: Packed, x: torch.Tensor, out: torch.Tensor, room: torch.Tensor, is_bf16: int) -> None:
         assert isinstance(prepared, PackedBlocks)
-        n, k, native = prepared.out_features, prepared.in_features, self._native
-        _check(x.dim() == 2 and x.shape[1] == k, f"x must be [T, {k}]", x)
-        is_bf16, x = _is_bf16(x), _rows(x)
-        width = n // 2 if self._fuses else n
-        out = torch.empty(x.shape[0], width, dtype=torch.float32 if self._is_wide else x.dtype)
-        room = torch.empty(x.shape[0], native.blocks_room(k), dtype=torch.uint8)
         bias = prepared.bias.data_ptr() if prepared.bias is not None else None
-        native.linear_blocks(
-            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), room.data_ptr(), x.shape[0], n, k, x.stride(0), width, is_bf16,
-            prepared.is_4_bit, prepared.has_minimums, self._fuses, self._is_wide,
+        self._native.linear_blocks(
+            x.data_ptr(), prepared.weight.data_ptr(), bias, out.data_ptr(), room.data_ptr(), x.shape[0], prepared.out_features,
+            prepared.in_features, x.stride(0), out.shape[1], is_bf16, prepared.is_4_bit, prepared.has_minimums, self._fuses, self._is_wide,
         )  # fmt: skip
-        return out
 
 
 class LinearSiluMulBlocks(LinearBlocks):
