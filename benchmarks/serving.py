@@ -1,10 +1,12 @@
 """What does HTTP cost over offline use, and how soon does a server answer?
 
-Throughput: `xllm serve` under 16 closed-loop clients that stream (aiohttp, token-id prompts), against an engine in a process of its own that is
+Throughput: `xllm serve` under 16 closed-loop clients that stream (token-id prompts), against an engine in a process of its own that is
 given the same requests at once with room for 16: the same batch, both with the default settings. The arms take turns (ours,
 theirs, theirs, ours, ...) and the idle one sleeps.
 Every request generates exactly the same number of tokens. A pair's ratio is HTTP / offline in new tokens per second; the median has a 95 %
-bootstrap interval, and the target counts as met when its lower end reaches 0.92. The client runs on the same cores and is counted in.
+bootstrap interval, and the target counts as met when its lower end reaches 0.92. The clients run on the same cores and are counted in:
+--client thin takes bytes and looks at them when the round is over (`benchmarks.thin_client`); --client full is that of `xllm bench serve`
+(aiohttp), which reads and times every event while it runs.
 
 Start: `xllm serve` from its first instruction to the first 200 of /health/live, to ready, and to the first token of a stream that is asked for
 as soon as the server is ready; medians over rounds, the first round warms the disk and is left out. The targets are for a warm disk.
@@ -34,6 +36,7 @@ from benchmarks.arms import Arm
 from benchmarks.machine import conditions, read_bandwidth_gb_s
 from benchmarks.overlap import middle
 from benchmarks.pairs import interleave
+from benchmarks.thin_client import stream_all, usage_of
 from xllm_core.loadgen.client import LoadClient, Target
 from xllm_core.loadgen.runner import run_load
 from xllm_core.loadgen.workload import Prompts, fixed_lengths
@@ -49,13 +52,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64, help="per round, from 16 clients")
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--client", choices=("thin", "full"), default="thin")
     parser.add_argument("--starts", type=int, default=5, help="rounds of starting a server")
     args = parser.parse_args()
-    print(json.dumps(run(args.model, args.pairs, args.requests, args.input_len, args.output_len, args.starts)))
+    print(
+        json.dumps(
+            run(args.model, args.pairs, args.requests, args.input_len, args.output_len, args.starts, args.client)
+        )
+    )
 
 
 def run(
-    model: str, num_pairs: int, num_requests: int, input_len: int, output_len: int, num_starts: int
+    model: str, num_pairs: int, num_requests: int, input_len: int, output_len: int, num_starts: int, client: str
 ) -> dict[str, Any]:
     """Both figures with their conditions."""
     figures: dict[str, Any] = {"conditions": conditions(), "start": measure_start(model, num_starts)}
@@ -65,7 +73,9 @@ def run(
         "input_len": input_len,
         "output_len": output_len,
         "clients": CLIENTS,
+        "client": client,
     }
+    drive = drive_thin if client == "thin" else drive_full
     settings = {"dtype": "bfloat16", "max_num_seqs": CLIENTS}
     with (
         Server(model, "--dtype", "bfloat16", "--max-num-seqs", str(CLIENTS)) as server,
@@ -74,7 +84,7 @@ def run(
         server.wait_ready()
 
         def http(i: int) -> float:
-            return asyncio.run(drive(server, num_requests, input_len, output_len, seed=i))
+            return drive(server, num_requests, input_len, output_len, seed=i)
 
         def in_process(i: int) -> float:
             return offline.round(num_requests, i)
@@ -94,11 +104,14 @@ def run(
     return figures
 
 
-async def drive(server: Server, num_requests: int, input_len: int, output_len: int, seed: int) -> float:
-    """New tokens per second of one closed-loop round. Raises if any request failed."""
-    target = Target(url=server.url, model=server.name, extra={"ignore_eos": True})
+def drive_full(server: Server, num_requests: int, input_len: int, output_len: int, seed: int) -> float:
+    """New tokens per second of one closed-loop round of the load generator. Raises if any request failed."""
+    return asyncio.run(_load(server, num_requests, input_len, output_len, seed))
+
+
+async def _load(server: Server, num_requests: int, input_len: int, output_len: int, seed: int) -> float:
     prompts = Prompts.of_vocabulary(seed + 1, 40_000)
-    async with LoadClient(target) as client:
+    async with LoadClient(_target(server)) as client:
         run = await run_load(
             client, fixed_lengths(num_requests, input_len, output_len), prompts, num_clients=CLIENTS, show=False
         )
@@ -107,6 +120,20 @@ async def drive(server: Server, num_requests: int, input_len: int, output_len: i
     ]:
         raise RuntimeError(f"{len(bad)} of {num_requests} requests failed: {bad[0]}")
     return num_requests * output_len / run.duration_s
+
+
+def drive_thin(server: Server, num_requests: int, input_len: int, output_len: int, seed: int) -> float:
+    """The same requests by the thin clients."""
+    prompts, target = Prompts.of_vocabulary(seed + 1, 40_000), _target(server)
+    bodies = [target.body(ask, prompts) for ask in fixed_lengths(num_requests, input_len, output_len)]
+    duration_s, answers = stream_all(server.url, "/v1/completions", bodies, CLIENTS)
+    if bad := [usage for answer in answers if (usage := usage_of(answer))["completion_tokens"] != output_len]:
+        raise RuntimeError(f"{len(bad)} of {num_requests} requests have other lengths: {bad[0]}")
+    return num_requests * output_len / duration_s
+
+
+def _target(server: Server) -> Target:
+    return Target(url=server.url, model=server.name, extra={"ignore_eos": True})
 
 
 def measure_start(model: str, num_rounds: int) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import get_args
 
 from prometheus_client import (
@@ -15,6 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from xllm_core.engine.info import EngineInfo
@@ -84,20 +88,30 @@ class _Times:
     last_s: dict[int, float] = field(default_factory=dict)  # of each sequence that has a token
 
 
-class _Renamed(Collector):
-    """A family under another name as well, made when it is scraped and not counted twice."""
+class _TokenTimes(Collector):
+    """A histogram under several names. Every token of every stream counts here, so it counts in a list: a family of prometheus_client
+    takes locks and a walk over the buckets for each."""
 
-    def __init__(self, family: Histogram, name: str, text: str) -> None:
-        self._family, self._name, self._text = family, name, text
+    def __init__(self, names: Mapping[str, str], labels: Mapping[str, str], bounds: Sequence[float]) -> None:
+        self._names, self._labels = names, labels
+        self._bounds = (*bounds, math.inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum_s = 0.0
+
+    def observe(self, value_s: float, count: int = 1) -> None:
+        """`count` times the same."""
+        self._counts[bisect_left(self._bounds, value_s)] += count
+        self._sum_s += value_s * count
 
     def collect(self) -> Iterator[Metric]:
-        """The family's samples of now."""
-        for metric in self._family.collect():
-            renamed = Metric(self._name, self._text, metric.type)
-            renamed.samples = [
-                sample._replace(name=self._name + sample.name.removeprefix(metric.name)) for sample in metric.samples
-            ]
-            yield renamed
+        """The families of now."""
+        totals = [float(total) for total in accumulate(self._counts)]
+        ends = [*map(str, self._bounds[:-1]), "+Inf"]
+        buckets = list(zip(ends, totals, strict=True))
+        for name, text in self._names.items():
+            family = HistogramMetricFamily(name, text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), buckets, self._sum_s)
+            yield family
 
 
 class Metrics:
@@ -161,8 +175,8 @@ class Metrics:
             times.last_s[output.index] = now_s
             if before_s is None:
                 before_s, new = now_s, new - 1
-            for _ in range(new):
-                self._itl.observe((now_s - before_s) / new)
+            if new:
+                self._itl.observe((now_s - before_s) / new, new)
         if new_tokens:
             self._generation_tokens.inc(new_tokens)
             self._prompt_tokens.inc(prompt_tokens)
@@ -283,18 +297,17 @@ class Metrics:
         for reason in get_args(FinishReason):
             self._success.labels(**self._labels, finished_reason=reason)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], old_name: str = "") -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(f"vllm:{name}", text, ["model_name", "engine"], buckets=buckets, registry=self.registry)
-        if old_name:
-            self.registry.register(_Renamed(family, f"vllm:{old_name}", f"As vllm:{name}"))
         return family.labels(**self._labels)
 
     def _make_histograms(self) -> None:
         make = self._histogram
         self._ttft = make("time_to_first_token_seconds", "Arrival to first token", _SHORT)
-        self._itl = make(
-            "inter_token_latency_seconds", "Between two tokens of a request", _SHORT, "time_per_output_token_seconds"
-        )
+        itl = "vllm:inter_token_latency_seconds"
+        names = {itl: "Between two tokens of a request", "vllm:time_per_output_token_seconds": f"As {itl}"}
+        self._itl = _TokenTimes(names, self._labels, _SHORT)
+        self.registry.register(self._itl)
         self._tpot = make("request_time_per_output_token_seconds", "Mean per further token of a request", _SHORT)
         self._e2e = make("e2e_request_latency_seconds", "Arrival to end", _LONG)
         self._queue_time = make("request_queue_time_seconds", "Arrival to first step", _LONG)

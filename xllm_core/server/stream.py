@@ -53,16 +53,20 @@ class Chunks:
     def __init__(self, reply: Reply, answer: Answer) -> None:
         self._reply = reply
         self._answer = answer
+        width = reply.job.params.n
+        self._sequences = [
+            (i * width + output.index, group, output, _Sent())
+            for i, group in enumerate(answer.outputs)
+            for output in group.outputs
+        ]
         kind = "chat.completion.chunk" if reply.job.is_chat else "text_completion"
         self._head = b"data: %b," % _encode(reply.head(kind))[:-1]  # the same in every event
-        self._sent = [[_Sent() for _ in group.outputs] for group in answer.outputs]
 
     def new(self) -> Iterator[bytes]:
         """Events for everything that has come since the last call."""
-        for i, (group, row) in enumerate(zip(self._answer.outputs, self._sent, strict=True)):
-            for output, sent in zip(group.outputs, row, strict=True):
-                if not sent.is_over:
-                    yield from self._sequence(i * len(row) + output.index, group, output, sent)
+        for index, group, output, sent in self._sequences:
+            if not sent.is_over:
+                yield from self._sequence(index, group, output, sent)
 
     def last(self) -> Iterator[bytes]:
         """The usage, if asked for, and the end."""
@@ -159,6 +163,9 @@ class EventStream(Response):
         self._refuse = refuse
         self._on_gone = on_gone
         self._has_begun = False
+        self._is_waiting = False  # the writing task, for news
+        self._unsent = b""
+        self._failure: Exception | None = None
         self._write_part: Callable[[bytes], bool] = lambda part: False
         self._is_silent = False
         self._spoke_s = 0.0
@@ -214,18 +221,43 @@ class EventStream(Response):
     async def _write_answer(self, send: Send) -> None:
         """What goes out, as it comes. Raises what ended the answer early."""
         answer, chunks = self._answer, self._chunks
+        answer.on_news = self._write_at_once
         while True:
+            if self._failure is not None:
+                raise self._failure
             raise_failure(answer)
             is_finished = answer.is_finished
-            if pieces := b"".join(chunks.new()):
+            pieces, self._unsent = self._unsent + b"".join(chunks.new()), b""
+            if pieces:
                 await self._put(send, pieces)
             if is_finished:
                 await self._put(send, b"".join(chunks.last()))
                 return
+            self._is_waiting = True
             await answer.news()
+            self._is_waiting = False
             if self._is_silent:
                 self._is_silent = False
                 await self._put(send, COMMENT)
+
+    def _write_at_once(self) -> bool:
+        """Write what is new from where it was told, as long as nothing has to be waited for. False leaves it to the writing task, and so
+        do beginnings, ends and errors."""
+        answer = self._answer
+        if not (self._is_waiting and self._has_begun) or self._is_silent or self._unsent or answer.error is not None:
+            return False
+        if answer.is_finished or any(group.error is not None for group in answer.outputs):
+            return False
+        try:
+            pieces = b"".join(self._chunks.new())
+        except Exception as error:  # noqa: BLE001  the writing task raises it, and nobody else's tokens wait for that
+            self._failure = error
+            return False
+        if pieces and not self._write_part(pieces):
+            self._unsent = pieces
+            return False
+        self._spoke_s = time.monotonic()
+        return True
 
     def _set_comment_timer(self, delay_s: float) -> None:
         self._comment_timer = asyncio.get_running_loop().call_later(delay_s, self._look_for_silence)
