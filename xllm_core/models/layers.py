@@ -35,14 +35,14 @@ class SelfAttention:
         self._attend = parts.attention(group, layer, **config.attention()[group])
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """x: [T, hidden], normed. Returns [T, hidden]."""
+        """x: [T, hidden], normed. Returns [T, hidden], or the wanted rows of it."""
         heads = self._qkv(x).view(len(x), -1, self._head_size)
         q, k, v = torch.split(heads, [self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if self._head_norms is not None:
             q, k = (
                 self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True)
             )
-        return self._output(self._attend(q, k, v, ctx, self._rotary(ctx)))
+        return self._output(ctx.keep(self._attend(q, k, v, ctx, self._rotary(ctx))))
 
 
 class GatedMlp:
@@ -70,9 +70,9 @@ class DecoderLayer:
         self._norm, self._add_norm, self._norm_eps = parts.op("rms_norm"), parts.op("add_rms_norm"), config.norm_eps
 
     def __call__(self, h: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """h: [T, hidden]; returns the same shape."""
+        """h: [T, hidden]; returns the same shape, or the wanted rows of it."""
         attended = self._attention(self._norm(h, self._input_norm, self._norm_eps), ctx)
-        normed, h = self._add_norm(attended, h, self._mlp_norm, self._norm_eps)
+        normed, h = self._add_norm(attended, ctx.keep(h), self._mlp_norm, self._norm_eps)
         return h + self._mlp(normed)
 
 

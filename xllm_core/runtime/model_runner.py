@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -77,11 +77,16 @@ class ModelRunner:
         plans = {name: kernel.plan(inputs.layouts[name]) for name, kernel in self._kernels}
         prepared_s = time.perf_counter()
         hidden = self._model.embed(inputs.token_ids)
+        rows, repeat = np.unique(np.array(plan.sample_rows, dtype=np.int64), return_inverse=True)
+        last = self._device.to_device(torch.from_numpy(inputs.row_starts[1:][rows].astype(np.int64) - 1))
         ctx = ForwardContext(inputs.positions, inputs.kv_slots, plans)
-        for layer in self._model.layers:
+        for layer in self._model.layers[:-1]:
             hidden = layer(hidden, ctx)
+        if 0 < len(rows) < plan.num_tokens and not plan.prompt_logprobs:
+            ctx = replace(ctx, wanted=last)
+        hidden = self._model.layers[-1](hidden, ctx)
         if plan.sample_rows:
-            handle.logits = self._logits(plan, inputs, hidden)
+            handle.logits = self._logits(hidden if len(hidden) == len(rows) else hidden[last], repeat)
         if plan.prompt_logprobs:
             handle.hidden, handle.inputs = hidden, inputs
         return prepared_s
@@ -130,12 +135,10 @@ class ModelRunner:
         if plan.kv.table_writes:
             self._inputs.write_tables(plan.kv.table_writes)
 
-    def _logits(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
-        """[S, V] float32. A row sampled for several slots goes through the head once and is repeated."""
-        rows, repeat = np.unique(np.array(plan.sample_rows), return_inverse=True)
-        last = inputs.row_starts[1:][rows].astype(np.int64) - 1
-        logits: torch.Tensor = self._model.head(hidden[self._device.to_device(torch.from_numpy(last))])
-        if len(rows) == len(repeat):  # plans list samples in row order, so distinct rows are in order already
+    def _logits(self, hidden: torch.Tensor, repeat: np.ndarray) -> torch.Tensor:
+        """[S, V] float32 of [R, H]. A row sampled for several slots goes through the head once and is repeated."""
+        logits: torch.Tensor = self._model.head(hidden)
+        if len(hidden) == len(repeat):  # plans list samples in row order, so distinct rows are in order already
             return logits
         return logits[self._device.to_device(torch.from_numpy(repeat))]
 

@@ -333,17 +333,17 @@ template <class E> struct Worker {
   void soften(int query, float* s, T* weight, int start) {
     const int from = std::max(0, begin_of(query) - start), to = std::min(CHUNK, position(query) + 1 - start);
     constexpr int N = CHUNK / W;
+    if (to <= 0) {  // it sees nothing of this chunk
+      std::fill(weight, weight + CHUNK, T{0});
+      return;
+    }
     F x[N];
     for (int n = 0; n < N; n++) {
       x[n] = mul(load(s + n * W), set1(call.scale));
       if (call.soft_cap > 0) x[n] = cap(x[n]);
     }
-    if (from > 0 || to < CHUNK) {
-      for (int n = 0; n < N; n++) store(s + n * W, x[n]);
-      for (int p = 0; p < std::min(from, CHUNK); p++) s[p] = NONE;
-      for (int p = std::max(0, to); p < CHUNK; p++) s[p] = NONE;
-      for (int n = 0; n < N; n++) x[n] = load(s + n * W);
-    }
+    if (from > 0 || to < CHUNK)
+      for (int n = 0; n < N; n++) x[n] = within(x[n], from - n * W, to - n * W, NONE);
     F most = x[0];
     for (int n = 1; n < N; n++) most = vmax(most, x[n]);
     const auto q = static_cast<size_t>(query);
@@ -356,12 +356,15 @@ template <class E> struct Worker {
     for (int n = 0; n < N; n++) {
       const F w = vexp(sub(x[n], set1(now)));
       total = add(total, w);
-      E::from_float(weight + n * W, w);
+      E::from_weight(weight + n * W, w);
     }
-    const float factor = exp1(before - now);
-    part.top[q] = now;
-    part.total[q] = part.total[q] * factor + sum(total);
-    if (before != now) scale(part.value.data() + query * width, factor);
+    if (before != now) {
+      const float factor = exp1(before - now);
+      part.top[q] = now;
+      part.total[q] *= factor;
+      scale(part.value.data() + query * width, factor);
+    }
+    part.total[q] += sum(total);
   }
 
   F cap(F x) const {  // soft_cap * tanh(x / soft_cap), by e**(2y); tanh is 1 from 15 on in float32

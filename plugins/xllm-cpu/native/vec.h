@@ -130,6 +130,20 @@ inline void store_bf16(bf16* p, F x) {
 #endif
 
 // Sums and maxima over lanes, in one fixed order: halves are folded onto each other.
+#if defined(__AVX512F__)
+template <class Op> inline float fold(__m512 x, Op op) {
+  const __m512 by8 = op(x, _mm512_shuffle_f32x4(x, x, 0x4e)), by4 = op(by8, _mm512_shuffle_f32x4(by8, by8, 0xb1));
+  const __m512 by2 = op(by4, _mm512_permute_ps(by4, 0x4e));
+  return _mm512_cvtss_f32(op(by2, _mm512_permute_ps(by2, 0xb1)));
+}
+inline float sum(F x) { return fold(x.v, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }); }
+inline float top(F x) { return fold(x.v, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }); }
+// Lanes from .. to - 1 of x, and `other` elsewhere.
+inline F within(F x, int from, int to, float other) {
+  const auto lanes = [](int n) { return (1u << (n < 0 ? 0 : n > W ? W : n)) - 1u; };
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(other), static_cast<__mmask16>(lanes(to) & ~lanes(from)), x.v)};
+}
+#else
 inline float sum(F x) {
   float t[W];
   store(t, x);
@@ -144,6 +158,13 @@ inline float top(F x) {
     for (int i = 0; i < n; i++) t[i] = t[i] > t[i + n] ? t[i] : t[i + n];
   return t[0];
 }
+inline F within(F x, int from, int to, float other) {
+  float t[W];
+  store(t, x);
+  for (int i = 0; i < W; i++) t[i] = i >= from && i < to ? t[i] : other;
+  return load(t);
+}
+#endif
 
 // e**x within 2 units in the last place; from 89 on it is infinity, below -87 it is 0, so that a masked score (-inf) weighs nothing.
 // Source: Cephes' expf (minimax polynomial on [-ln2/2, ln2/2] after taking out powers of two).
@@ -176,6 +197,12 @@ struct Bf16 {
   static constexpr int P = 2;
   static F to_float(const T* p) { return load_bf16(p); }
   static void from_float(T* p, F x) { store_bf16(p, x); }
+#if defined(__AVX512BF16__)
+  // Of weights, which are 0 or no subnormals: the instruction takes those for 0, and rounds the rest alike.
+  static void from_weight(T* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v)); }
+#else
+  static void from_weight(T* p, F x) { store_bf16(p, x); }
+#endif
   static float one(T x) { uint32_t u = static_cast<uint32_t>(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 };
 struct F32 {
@@ -183,6 +210,7 @@ struct F32 {
   static constexpr int P = 1;
   static F to_float(const T* p) { return load(p); }
   static void from_float(T* p, F x) { store(p, x); }
+  static void from_weight(T* p, F x) { store(p, x); }
   static float one(T x) { return x; }
 };
 

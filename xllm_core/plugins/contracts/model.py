@@ -38,12 +38,19 @@ class ForwardContext:
 
     positions: [T] int64. kv_slots: per group name, [T] int64 slot of each token. plans: per group name, the kernel's plan.
     memo: empty when a step begins (a new context per step, or cleared); the first layer keeps there what all of them share, e.g. rope's cos and sin.
+    wanted: [S] int64, ascending, in the last layer's context alone: rows that are read of what it returns. It may return just these,
+    [S, hidden], and spare itself the rest of a prompt once keys and values are stored; `keep` says where. None: all rows.
     """
 
     positions: torch.Tensor
     kv_slots: Mapping[str, torch.Tensor]
     plans: Mapping[str, Any]
     memo: dict[str, Any] = field(default_factory=dict)
+    wanted: torch.Tensor | None = None
+
+    def keep(self, rows: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [S, ...]: the wanted rows, or all of them."""
+        return rows if self.wanted is None else rows[self.wanted]
 
 
 class Linear(Protocol):

@@ -36,7 +36,7 @@ class SelfAttention:
             q, k = (
                 self._norm(part, weight, self._norm_eps) for part, weight in zip((q, k), self._head_norms, strict=True)
             )
-        return self._output(self._attend(q, k, v, ctx, self._rotary(ctx)))
+        return self._output(ctx.keep(self._attend(q, k, v, ctx, self._rotary(ctx))))
 
 
 class GatedMlp:
@@ -117,7 +117,7 @@ class DecoderLayer:
     def __call__(self, h: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """h: [T, hidden]; returns the same shape."""
         attended = self._after(0, self._attention(self._norm(h, self._input_norm, self._norm_eps), ctx))
-        normed, h = self._add_norm(attended, h, self._mlp_norm, self._norm_eps)
+        normed, h = self._add_norm(attended, ctx.keep(h), self._mlp_norm, self._norm_eps)
         return h + self._after(1, self._mlp(normed))
 
     def _after(self, half: int, x: torch.Tensor) -> torch.Tensor:
