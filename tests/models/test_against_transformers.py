@@ -97,3 +97,19 @@ def test_both_spellings_of_rope(tiny: Callable[..., Path]) -> None:
         scaling = {type_key if key == "rope_type" else key: value for key, value in LLAMA3.items()}
         old |= {"rope_theta": 10000.0, "rope_scaling": scaling}
         assert Llama().read(old).rope == Llama().read(checkpoint.config).rope
+
+
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_last_layer_computes_what_is_read(tiny: Callable[..., Path], kind: str) -> None:
+    """Where only the last token of a prompt of 13 is wanted, one row leaves the last layer and one goes through its MLP. Killed by: `keep`
+    left out after attention, or where the residual is added.
+    """
+    harness = Harness(family_of(kind), open_directory(tiny(kind)))
+    layer = harness.model.layers[-1]
+    seen: list[int] = []
+    mlp = layer._mlp
+    layer._mlp = lambda x: (seen.append(len(x)), mlp(x))[1]
+    whole = harness.step({0: list(range(13))})[0]
+    last = harness.step({1: list(range(13))}, all_logits=False)[1]
+    assert seen == [13, 1]
+    torch.testing.assert_close(last, whole[-1:], rtol=0, atol=1e-5)

@@ -94,7 +94,8 @@ class Harness:
 
     @torch.inference_mode()
     def step(self, new: Mapping[int, Sequence[int]], *, all_logits: bool = True) -> dict[int, torch.Tensor]:
-        """Feed new tokens to sequences; returns logits [new tokens, vocab] (only the last row without `all_logits`) per sequence."""
+        """Feed new tokens to sequences; returns logits [new tokens, vocab] per sequence. Without `all_logits` those of its last token alone,
+        and the last layer is told so."""
         rows, to_device = list(new), self._device.to_device
         query = torch.tensor([len(new[row]) for row in rows], dtype=torch.int32)
         kv = torch.tensor([self._lens[row] + len(new[row]) for row in rows], dtype=torch.int32)
@@ -106,12 +107,14 @@ class Harness:
         plans = {name: kernel.plan(layout) for name, kernel in self._kernels.items()}
         ctx = ForwardContext(to_device(positions), dict.fromkeys(self._groups, to_device(slots)), plans)
         h = self.model.embed(to_device(torch.tensor([token for row in rows for token in new[row]])))
-        for layer in self.model.layers:
+        wanted = to_device(starts[1:].long() - 1)
+        for layer in self.model.layers[:-1]:
             h = layer(h, ctx)
+        h = self.model.layers[-1](h, ctx if all_logits else replace(ctx, wanted=wanted))
         for row in rows:
             self._lens[row] += len(new[row])
         if not all_logits:
-            last = self.model.head(h[to_device(starts[1:].long() - 1)])
+            last = self.model.head(h if len(h) == len(rows) else h[wanted])
             return {row: last[index : index + 1] for index, row in enumerate(rows)}
         return dict(zip(rows, torch.split(self.model.head(h), query.tolist()), strict=True))
 

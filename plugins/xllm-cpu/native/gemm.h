@@ -42,16 +42,29 @@ inline F dot2(F c, I a, I b) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m
 inline F dot2(F c, I a, I b) { return fma(high(a), high(b), fma(low(a), low(b), c)); }
 #endif
 
-// c[i] += a[i] * B over `steps` steps of K.
-template <class E, int MR>
-inline __attribute__((always_inline)) void multiply(const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2]) {
-  for (int64_t k = 0; k < steps; k++, b += NR * E::P) {
+constexpr int FEW_ROWS = 4;  // up to which a product takes less time than its weight takes to come from memory
+
+// Ask for one step of K of packed weights, which lies `ahead` bytes further on. Few rows wait for nothing else: it goes next to the processor. With
+// more the panel at hand lives there, and the next one waits in the second-level cache.
+template <int MR> inline __attribute__((always_inline)) void fetch_step(const void* b, int64_t ahead) {
 #if defined(__AVX512F__)
-    if (MR <= 4) {  // few rows: the weight comes from memory, once
-      _mm_prefetch(reinterpret_cast<const char*>(b) + 4096, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(b) + 4096 + 64, _MM_HINT_T0);
-    }
+  const auto* line = static_cast<const char*>(b) + ahead;
+  if (MR <= FEW_ROWS) _mm_prefetch(line, _MM_HINT_T0), _mm_prefetch(line + 64, _MM_HINT_T0);
+  else _mm_prefetch(line, _MM_HINT_T1), _mm_prefetch(line + 64, _MM_HINT_T1);
+#else
+  (void)b, (void)ahead;
 #endif
+}
+
+// How far ahead to ask: few rows a page; more, in the last tile of a panel, the whole panel. 0 asks for what is there.
+template <int MR> inline int64_t bytes_ahead(int64_t panel_bytes, bool is_last) { return MR <= FEW_ROWS ? 4096 : is_last ? panel_bytes : 0; }
+
+// c[i] += a[i] * B over `steps` steps of K. FETCHES: B is a weight, read `ahead` bytes ahead of itself.
+template <class E, int MR, bool FETCHES = false>
+inline __attribute__((always_inline)) void multiply(
+    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2], int64_t ahead = 0) {
+  for (int64_t k = 0; k < steps; k++, b += NR * E::P) {
+    if constexpr (FETCHES) fetch_step<MR>(b, ahead);
     if constexpr (E::P == 2) {
       const I b0 = loadi(b), b1 = loadi(b + NR);
 #pragma GCC unroll 12

@@ -71,7 +71,8 @@ template <class E> struct Int8Call {
   int64_t k, row_bytes;
   Output<E> to;
 
-  template <int MR> void tile(int64_t row, int64_t panel) const {
+  template <int MR> void tile(int64_t row, int64_t panel, bool is_last) const {
+    const int64_t ahead = bytes_ahead<MR>(panel_bytes(k), is_last);
     const char* first = rows + row * row_bytes;
     const char* head = packed + panel * panel_bytes(k);
     const char* steps = head + NR * sizeof(int32_t);
@@ -83,12 +84,7 @@ template <class E> struct Int8Call {
       c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
     });
     for (int64_t at = 0; at < padded(k); at += P, b += NR * P) {
-#if defined(__AVX512F__)
-      if (MR <= 4) {
-        _mm_prefetch(b + 4096, _MM_HINT_T0);
-        _mm_prefetch(b + 4096 + 64, _MM_HINT_T0);
-      }
-#endif
+      fetch_step<MR>(b, ahead);
       const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
       unrolled<MR>([&](auto i) __attribute__((always_inline)) {
         const Bytes a = as_unsigned(bcast(first + i * row_bytes + ROW_HEAD + at));

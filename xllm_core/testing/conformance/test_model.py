@@ -197,6 +197,24 @@ def test_two_ranks_equal_one(case: Case, checkpoint: Path, machine: Callable[[st
         )
 
 
+def test_last_layer_may_leave_rows_out(case: Case, checkpoint: Path, machine: Callable[[str], Machine]) -> None:
+    """Told which rows are wanted, the last layer returns these or all of them, and stores keys and values of every row all the same."""
+    import torch
+
+    from xllm_core.testing.model_harness import Harness
+
+    on = machine("float32")
+    opened, family = open_checkpoint(checkpoint), case.family()
+    draw = torch.randint(0, opened.config["vocab_size"], (3, 17), generator=torch.Generator().manual_seed(13)).tolist()
+    new = {row: tokens[: 17 - 5 * row] for row, tokens in enumerate(draw)}
+    asked, told = (Harness(family, opened, machine=on, block_size=_block_size(on)) for _ in range(2))
+    for step in (new, {row: [1, 2] for row in new}):
+        whole, last = asked.step(step), told.step(step, all_logits=False)
+        for row in step:
+            difference = float((whole[row][-1:] - last[row]).abs().max())
+            assert difference <= MAX_DIFFERENCE, f"logits of a wanted row differ by {difference:.3g}"
+
+
 def test_it_tells_its_shape(case: Case, checkpoint: Path) -> None:
     """The shape, the KV groups and the attention that the family tells agree with the configuration and with each other."""
     config, family = open_checkpoint(checkpoint).config, case.family()
