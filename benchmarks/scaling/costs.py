@@ -15,6 +15,7 @@ from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.plugins.contracts.weights import HoldsPacked, WeightEntry
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # a fallback's weights do not say whose they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,9 @@ def costs_of(model: str, **flat: Any) -> Costs | str:
         packed_parameters(assembly.checkpoint, weights, plan.quantized_kinds) if plan.quantized_kinds else frozenset()
     )
     matrices = [(entry, source) for entry, source in zip(weights.entries, sources, strict=True) if len(entry.shape) > 1]
-    if any(entry.expert is not None or len(entry.shape) != 2 for entry, _ in matrices):
-        return "not every weight is read for every token (experts), or some are no matrices"
+    has_experts = any(entry.expert is not None for entry in weights.entries) or any(config.get(key) for key in _EXPERTS)
+    if has_experts or any(len(entry.shape) != 2 for entry, _ in matrices):
+        return "it has experts, of which a token reads a few, or weights that are no matrices"
     body = [pair for pair in matrices if pair[0].axis != "vocab"]
     head = [pair for pair in matrices if pair[0].axis == "vocab"][-1:]  # the table of embeddings, where they are tied
     if not head or "num_attention_heads" not in config:
