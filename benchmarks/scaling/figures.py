@@ -100,11 +100,12 @@ def verdict(found: Growth | None) -> str:
     claim = "a token's cost grows with its context as attention does, and no faster"
     if found is None:
         return f"absent  {claim}: no line can be drawn through so few contexts"
-    ratios = "; ".join(f"at {size:,} {ratio} of the line" for size, ratio in sorted(found.beyond.items(), reverse=True))
+    ratios = ", ".join(f"{ratio} of it at {size:,}" for size, ratio in sorted(found.beyond.items(), reverse=True))
     rate = f", its KV read at {digits(found.kv_gb_s)} GB/s" if found.kv_gb_s else ""
+    line = f"against the line through {found.fitted[0]:,} to {found.fitted[-1]:,} tokens {ratios}"
     return (
-        f"{'met   ' if found.is_met else 'MISSED'}  {claim}: {ratios} through {found.fitted[0]:,} to {found.fitted[-1]:,} tokens "
-        f"(target: intervals' upper ends <= {MOST:.2f}); 1,000 more positions cost {_scaled(found.per_token_s, 1e6)} ms{rate}"
+        f"{'met   ' if found.is_met else 'MISSED'}  {claim}: {line} (target: intervals' upper ends <= {MOST:.2f}); "
+        f"1,000 more positions cost {_scaled(found.per_token_s, 1e6)} ms{rate}"
     )
 
 
@@ -163,7 +164,7 @@ TITLES = {
 
 
 def _row(size: str, value: str, ms: str, gain: str, share: str, limit: str) -> str:
-    return f"{size:>10}  {value:<22}  {ms:<22}  {gain:<20}  {share:<20}  {limit}".rstrip()
+    return f"{size:>10}  {value:<22}  {ms:<24}  {gain:<22}  {share:<22}  {limit}".rstrip()
 
 
 def _scaled(found: Spread, factor: float) -> Spread:
