@@ -67,7 +67,7 @@ def test_the_wheel_of_a_machine_without_a_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
-    """Addresses and undefined behaviour: the tests of exactness and refusal once more, over libraries that stop at the first bad access."""
+    """Addresses and undefined behaviour: tests of the kernels once more, over libraries that stop at the first bad access."""
     build = build_module()
     folder = tmp_path / "lib"
     build.COMMON = [
@@ -93,8 +93,10 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
     )
     tests = [
         str(ROOT / "tests" / name)
-        for name in ("test_exactness.py", "test_hostile.py", "test_quantized.py", "test_blocks.py")
-    ]
+        for name in (
+            "test_exactness.py", "test_hostile.py", "test_quantized.py", "test_blocks.py", "test_graphs.py", "test_sampler.py",
+        )
+    ]  # fmt: skip
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),
