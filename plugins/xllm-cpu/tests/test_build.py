@@ -86,10 +86,11 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
         ).stdout.strip()
         for name in ("asan", "ubsan")
     ]
+    # Nothing is captured: who stops a process at a bad access says why on its standard error, which a capture would take along.
     code = (
         "import sys, pathlib, xllm_cpu.isa as isa, pytest\n"
         "isa.FOLDER = pathlib.Path(sys.argv[1])\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
+        "sys.exit(pytest.main(['-q', '-s', '-p', 'no:xdist', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
     )
     tests = [
         str(ROOT / "tests" / name)
@@ -110,5 +111,5 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
         timeout=3000,
         check=False,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[:6000]}"
     assert " passed" in done.stdout
