@@ -37,7 +37,7 @@ from benchmarks.arms import Arm
 from benchmarks.machine import conditions, read_bandwidth_gb_s
 from benchmarks.scaling import figures, plot
 from benchmarks.scaling.costs import Costs, costs_of
-from benchmarks.scaling.points import CURVES, LONG, QUICK, Bench
+from benchmarks.scaling.points import CONTEXT, CURVES, LONG, QUICK, Bench
 from xllm_core.benchmark import commit
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -132,10 +132,10 @@ def report(bench: Bench, costs: Costs | None, found: dict[str, Any], args: argpa
         f"rounds: {len({s.round for s in samples})}; probes: reads {min(reads):.1f} to {max(reads):.1f} GB/s, products {min(peaks):.0f} to "
         f"{max(peaks):.0f} GFLOP/s; load {where['load'][0]} at the start"
     )
-    if "context" in args.only:
-        print(figures.verdict(grown))
     if args.quick:
-        print("--quick: few small sizes, to see that it runs; none of this is a figure to keep")
+        print("--quick: few small sizes, to see that it runs; no figure to keep, and no verdict")
+    elif CONTEXT in args.only:
+        print(figures.verdict(grown))
     args.results.mkdir(parents=True, exist_ok=True)
     stamp = args.results / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}"
     stamp.with_suffix(".json").write_text(json.dumps({**found, **figures.as_json(samples, grown)}, indent=1))
