@@ -38,7 +38,7 @@ export PROMPT
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint suite nightly bench bench-peers wheels docs clean
+.PHONY: help setup demo test check lint suite nightly bench bench-scaling bench-peers wheels docs clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -112,6 +112,9 @@ nightly: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OW
 
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) -m benchmarks.run $(ARGS)
+
+bench-scaling: setup ## curves over batch, prompt and context, beside the limits of this machine; five minutes
+	@$(RUN) -m benchmarks.scaling $(ARGS)
 
 bench-peers: setup ## our engine beside vLLM, llama.cpp and OpenVINO, each in an environment of its own (PEERS_DIR); about an hour
 	@$(RUN) -m benchmarks.peers $(ARGS)

@@ -31,7 +31,10 @@ class Arm:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def round(self, num_requests: int, seed: int, **load: Any) -> float:
-        """New tokens per second of one round. load: other fields of `xllm_core.benchmark.Load`."""
+        """New tokens per second of one round. load: other fields of `xllm_core.benchmark.Load`.
+
+        `rounds` keeps what the process said of it: steps as (end of the forward in seconds, rows, tokens, KV positions read), among others.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"num_prompts": num_requests, "seed": seed, **load}) + "\n")
@@ -50,8 +53,10 @@ class Arm:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
 
 def main() -> None:
@@ -76,11 +81,15 @@ def main() -> None:
             "ttft_ms": [round(1e3 * t, 2) for t in sorted(result.ttft_s)],
             "early_share": round(early_share(result.records), 4), "step_ms": step_split(result.records),
             "replayed_share": round(sum(r.is_replayed for r in result.records) / max(1, len(result.records)), 4), "device": info.device,
-            "model": info.model,
+            "model": info.model, "max_model_len": info.max_model_len, "kv_tokens": info.kv_tokens,
+            "steps": [(r.forward_ended_s, r.num_rows, r.num_tokens, r.kv_tokens) for r in result.records],
         }  # fmt: skip
         print(json.dumps(answer), flush=True)
     processor.client.close()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the terminal told whoever started this process, too, and that one speaks
+        sys.exit(130)

@@ -23,6 +23,13 @@ def test_full_matrix(demo_model: str, dtype: str) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("quantization", ["int8", "gguf"])
+def test_full_matrix_of_quantised_weights(demo_model: str, dtype: str, quantization: str) -> None:
+    """`xllm verify --quantization ...`: 8 bits for each weight, and the file's own blocks."""
+    check(Verifier(demo_model, dtype=dtype, num_blocks=4096, quantization=quantization))
+
+
+@pytest.mark.nightly
 def test_full_matrix_of_the_reference(demo_model: str, dtype: str) -> None:
     """The same where rows feel their neighbours and near ties are excused: an hour for each dtype on two cores."""
     check(Verifier(demo_model, dtype=dtype, num_blocks=4096, device="core/reference"))
