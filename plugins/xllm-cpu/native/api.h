@@ -84,7 +84,8 @@ struct XllmAttention {
   float scale, soft_cap;                                                     // soft_cap: 0 for none
   int32_t is_bf16, max_kv_len;
 };
-XLLM_API int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks);
+XLLM_API int64_t xllm_attention_tasks(
+    const int32_t* query_starts, const int32_t* kv_lens, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks);
 // q, out: [T][H][D], k, v: [B][S][G][D].
 XLLM_API int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out);
 

@@ -462,16 +462,19 @@ template <class E> void run_splits(const Layer& call) {
 
 using namespace xllm;
 
-int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks) {
+int64_t xllm_attention_tasks(
+    const int32_t* query_starts, const int32_t* kv_lens, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks) {
   const int group = num_heads / num_kv_heads;
-  int64_t count = 0;
+  int64_t count = 0, num_splits = 0;
+  for (int32_t row = 0; row < num_rows; row++) num_splits += (kv_lens[row] + SPLIT - 1) / SPLIT;
+  const bool is_shared = num_rows >= 4 * num_threads() || num_splits >= 8 * num_threads();  // among threads, without taking heads apart
   auto add = [&](int32_t row, int32_t head, int32_t token) {
     if (tasks != nullptr) tasks[3 * count] = row, tasks[3 * count + 1] = head, tasks[3 * count + 2] = token;
     count++;
   };
   for (int32_t row = num_rows - 1; row >= 0; row--) {  // later rows are prompts more often than not: long tasks first
     const int32_t begin = query_starts[row], num_tokens = query_starts[row + 1] - begin, step = tokens_per_task(group);
-    if (num_tokens > 0 && num_tokens <= tokens_of_all(group) && num_rows >= 4 * num_threads()) {
+    if (num_tokens > 0 && num_tokens <= tokens_of_all(group) && is_shared) {
       add(row, ALL, begin);
       continue;
     }
@@ -483,7 +486,7 @@ int64_t xllm_attention_tasks(const int32_t* query_starts, int32_t num_rows, int3
 
 int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out) {
   const Layer layer{*step, q, k, v, out};
-  const bool is_short_of_tasks = layer.num_tasks < 2 * num_threads() && layer.max_kv_len > SPLIT && num_threads() > 1;
+  const bool is_short_of_tasks = layer.num_tasks < 4 * num_threads() && layer.max_kv_len > SPLIT && num_threads() > 1;
   if (layer.is_bf16) is_short_of_tasks ? run_splits<Bf16>(layer) : run_tasks<Bf16>(layer);
   else is_short_of_tasks ? run_splits<F32>(layer) : run_tasks<F32>(layer);
   return 0;

@@ -35,7 +35,7 @@ class PagedAttention:
             t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables)
         )
         self._check(starts, kv_lens, tables)
-        tasks = torch.empty(self._count_tasks(starts, len(kv_lens)), 3, dtype=torch.int32)
+        tasks = torch.empty(self._count_tasks(starts, kv_lens), 3, dtype=torch.int32)
         plan = Plan(self._step(starts, kv_lens, tables, tasks), (starts, kv_lens, tables, tasks), 0, -1)
         self._lay_out(plan, len(kv_lens), tables)
         return plan
@@ -74,11 +74,12 @@ class PagedAttention:
                 f" tables of {tables.shape[1]} blocks of {self._geometry.block_size}"
             )
 
-    def _count_tasks(self, starts: torch.Tensor, num_rows: int, tasks: torch.Tensor | None = None) -> int:
+    def _count_tasks(self, starts: torch.Tensor, kv_lens: torch.Tensor, tasks: torch.Tensor | None = None) -> int:
         """Lay tasks out where room is given, and count them."""
         geometry = self._geometry
         count: int = self._native.attention_tasks(
-            starts.data_ptr(), num_rows, geometry.num_heads, geometry.num_kv_heads, None if tasks is None else tasks.data_ptr()
+            starts.data_ptr(), kv_lens.data_ptr(), len(kv_lens), geometry.num_heads, geometry.num_kv_heads,
+            None if tasks is None else tasks.data_ptr(),
         )  # fmt: skip
         return count
 
@@ -96,7 +97,7 @@ class PagedAttention:
     def _lay_out(self, plan: Plan, num_rows: int, tables: torch.Tensor) -> None:
         starts, kv_lens, _, tasks = plan.kept
         step = plan.step
-        step.num_rows, step.num_tasks = num_rows, self._count_tasks(starts, num_rows, tasks)
+        step.num_rows, step.num_tasks = num_rows, self._count_tasks(starts, kv_lens[:num_rows], tasks)
         step.max_kv_len = int(kv_lens[:num_rows].max()) if num_rows else 0
         plan.highest_block = int(tables.max()) if tables.numel() else -1
         if not plan.num_tokens:

@@ -37,7 +37,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
     "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
     "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
-    "attention_tasks": (_I64, [_P, _I32, _I32, _I32, _P]),
+    "attention_tasks": (_I64, [_P, _P, _I32, _I32, _I32, _P]),
     "attention": (_I32, [_P, _P, _P, _P, _P]),
     "add": (_I32, [_P, _P, _P, _I64, _I64, _I32]),
     "sample": (_I32, [_P, _I64, _I64, _P, _P]),
