@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+import hashlib
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from xllm_core.plugins import ConfigError
@@ -88,6 +89,11 @@ class Library:
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
         self.name = isa
+
+    @cached_property
+    def build(self) -> str:
+        """Tells one build of the kernels from another."""
+        return hashlib.sha256(library_path(self.name).read_bytes()).hexdigest()
 
 
 @cache

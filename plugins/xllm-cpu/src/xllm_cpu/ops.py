@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from xllm_cpu.device import CpuDevice
+from xllm_cpu.kept import Kept
 
 
 def _is_bf16(tensor: torch.Tensor) -> int:
@@ -45,9 +46,10 @@ class Packed:
     in_features: int
 
 
-class Linear:
+class Linear(Kept):
     """`linear`: x @ weight.T + bias."""
 
+    _prepared_type = Packed
     _fuses = 0
     _is_wide = 0  # whether results are float32 whatever x is
 
@@ -104,11 +106,13 @@ class LmHead(Linear):
     _is_wide = 1
 
 
-class LinearFloat32:
+class LinearFloat32(Kept):
     """`linear_float32`: scores in float32 whatever the model computes in."""
 
+    _prepared_type = Packed
+
     def __init__(self, device: CpuDevice) -> None:
-        self._linear = Linear(device)
+        self._linear, self._native = Linear(device), device.native
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
         """float32, packed."""
@@ -130,8 +134,10 @@ class PackedExperts:
     inner: int
 
 
-class MoeExperts:
+class MoeExperts(Kept):
     """`moe_experts`: tokens grouped by expert, each weight read once."""
+
+    _prepared_type = PackedExperts
 
     def __init__(self, device: CpuDevice) -> None:
         self._native, self._allocate = device.native, device.packed_weight
