@@ -68,7 +68,7 @@ def test_the_public_surface() -> None:
         "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec",
         "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "Graph", "GraphDevice", "GraphKernel", "Hit", "HoldsPacked", "KVGeometry",
         "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer", "KVView",
-        "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model",
+        "KeepsPrepared", "Later", "Layer", "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo", "Miss", "Model",
         "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "NotCapturableError", "Observer",
         "ObserverSpec", "OpQuery", "OpSpec", "PackedQuantization", "PackedTensor", "Parts", "PluginContext", "PluginInfo", "ProcessorContext",
         "QUANTIZED_OPS", "Quantization", "QuantizationSpec", "QuantizedLinearOp", "REFERENCE_ATTENTION",

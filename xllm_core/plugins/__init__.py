@@ -233,6 +233,7 @@ __all__ = [
     "KVTensorSpec",
     "KVTransfer",
     "KVView",
+    "KeepsPrepared",
     "Later",
     "Layer",
     "Linear",

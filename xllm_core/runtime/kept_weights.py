@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -235,7 +235,7 @@ class KeptWeights:
         first = _padded(_PREFIX_BYTES + len(with_data_at(0)) + 20 * len(tensors))  # offsets have 20 digits at most
         return with_data_at(first).ljust(first - _PREFIX_BYTES)
 
-    def _write_all(self, file: BinaryIO, header: bytes, tensors: list[torch.Tensor]) -> None:
+    def _write_all(self, file: IO[bytes], header: bytes, tensors: list[torch.Tensor]) -> None:
         size = _PREFIX_BYTES + len(header) + sum(_padded(tensor.nbytes) for tensor in tensors[:-1])
         size += tensors[-1].nbytes
         if hasattr(os, "posix_fallocate"):
@@ -260,7 +260,7 @@ def _padded(num_bytes: int) -> int:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
