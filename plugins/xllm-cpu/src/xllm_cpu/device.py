@@ -68,7 +68,7 @@ class CpuDevice:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed pages of the system's, touched when first used. Of large memory all but the begin and the rest are huge, where the system has them."""
+        """Zeroed pages of the system's, touched when first used; of large memory all but begin and rest are huge, where the system has them."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         is_large = num_bytes >= _HEAD + _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
         try:
