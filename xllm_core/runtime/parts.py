@@ -18,7 +18,7 @@ from xllm_core.errors import ConfigError, IntegrityError, WeightMismatchError
 from xllm_core.plugins.contracts.attention import AttentionKernel, KVSegments
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.model import Attention, Experts, ForwardContext, Linear
-from xllm_core.plugins.contracts.ops import KeepsPrepared, LinearOp, MoeExpertsOp
+from xllm_core.plugins.contracts.ops import GivesRows, KeepsPrepared, LinearOp, MoeExpertsOp
 from xllm_core.plugins.contracts.weights import Axis, PackedTensor
 from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.kv_cache import KVCache
@@ -89,6 +89,7 @@ class CoreParts:
         self.world_size, self.rank = world_size, rank
         self.parameters: dict[str, Parameter] = {}
         self._handed_out: dict[str, torch.Tensor] = {}
+        self._embeddings: dict[str, _BoundEmbedding] = {}
         self._ops, self._kernels = ops, kernels
         self._format = weights or WeightsInFormat()
         self._all_reduce = all_reduce or _identity
@@ -165,7 +166,7 @@ class CoreParts:
         table, look_up = parameter.tensor, self.op("embedding")
         self._handed_out[parameter.name] = table
         if self.world_size == 1:
-            return lambda ids: look_up(ids, table)
+            return self._embeddings.setdefault(parameter.name, _BoundEmbedding(look_up, table))
         first, all_reduce = self.rank * len(table), self._all_reduce
 
         def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -186,7 +187,11 @@ class CoreParts:
         if "lm_head" in self._ops_for(weight):
             return self._product("lm_head", weight, None, self._all_gather)
         product = self.op("lm_head", unfused=self.op("linear"))
-        return self._bind(_BoundLinear(product, weight, None, self._all_gather))
+        head = self._bind(_BoundLinear(product, weight, None, self._all_gather))
+        if weight.name in self._embeddings and isinstance(product, GivesRows):
+            self._embeddings[weight.name].head = head
+            del self._handed_out[weight.name]
+        return head
 
     def attention(
         self, group: str, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int, scale: float,
@@ -218,8 +223,7 @@ class CoreParts:
                 linear.weight.tensor = linear.weight.packed = None
         for experts in self._experts.values():
             experts.prepare()
-        for parameter in self.parameters.values():
-            parameter.tensor = None
+        self._let_go()
 
     def layouts(self) -> list[str] | None:
         """Which op lays out which weight, and how; None where one cannot keep what it prepared."""
@@ -243,8 +247,13 @@ class CoreParts:
         prepared = {name: user.op.restored(kept[name]) for name, user in users.items()}
         for name, user in users.items():
             user.prepared = prepared[name]
+        self._let_go()
+
+    def _let_go(self) -> None:
         for parameter in self.parameters.values():
             parameter.tensor = parameter.packed = None
+        for embedding in self._embeddings.values():
+            embedding.let_go()
 
     def _by_name(self) -> dict[str, Any]:
         """Whatever has prepared weights. A tied table has two users."""
@@ -348,6 +357,22 @@ class _BoundLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._after(self.op(x, self.prepared))
+
+
+class _BoundEmbedding:
+    """A table, or from `let_go` on that of the head it is tied to. head: one whose op `GivesRows`, if any."""
+
+    def __init__(self, look_up: Callable[..., Any], table: torch.Tensor) -> None:
+        self._look_up, self._table = look_up, table
+        self.head: _BoundLinear | None = None
+
+    def let_go(self) -> None:
+        if self.head is not None:
+            self._look_up, self._table = self.head.op.rows, self.head.prepared  # type: ignore[attr-defined]  # `lm_head` has looked
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self._look_up(ids, self._table)
+        return rows
 
 
 class _BoundExperts:

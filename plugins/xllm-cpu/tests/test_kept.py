@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from xllm_cpu.device import CpuDevice
+from xllm_cpu.ops import LinearFloat32, MoeExperts
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.runtime import kept_weights, loader
@@ -109,12 +112,22 @@ def test_blocks_of_a_file(tmp_path: Path, folder: Path, loads: Iterator[list[Pat
     assert len(seen) == 2 and len(list(folder.iterdir())) == 2, "another format took the same file"
 
 
-def test_experts(tmp_path: Path, loads: Iterator[list[Path]]) -> None:
-    """Weights of experts, and a router in float32."""
-    (seen,) = loads
-    model = str(write_tiny(tiny_config("Glm4MoeForCausalLM"), tmp_path))
-    first = answers(model)
-    assert answers(model) == first and len(seen) == 1
+@pytest.mark.parametrize("op", ["moe_experts", "linear_float32"])
+def test_experts_and_routers(op: str) -> None:
+    """What is kept of them is all that they need: the other tests' models have none."""
+    device = CpuDevice(0)
+    x, ids, weights = torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    bound: Any = MoeExperts(device) if op == "moe_experts" else LinearFloat32(device)
+    given = (torch.randn(4, 32, 32), torch.randn(4, 32, 16)) if op == "moe_experts" else (torch.randn(7, 32), None)
+    prepared = bound.prepare(*given)
+    restored = bound.restored(
+        json.loads(json.dumps({n: v for n, v in bound.kept(prepared).items() if isinstance(v, int)}))
+        | {n: v.clone() for n, v in bound.kept(prepared).items() if not isinstance(v, int)}
+    )
+    rest = (ids, weights, torch.zeros(4, dtype=torch.int64)) if op == "moe_experts" else ()
+    assert torch.equal(bound(x, *rest, restored), bound(x, *rest, prepared))
+    with pytest.raises(TypeError):
+        bound.restored({})
 
 
 DAMAGES: dict[str, tuple[Callable[[bytearray], bytearray], str]] = {

@@ -120,6 +120,14 @@ class LinearOp(Protocol):
 
 
 @runtime_checkable
+class GivesRows(Protocol):
+    """A `LinearOp` for `lm_head` that can give back what it laid out: an embedding tied to the head is then read from there, and held once."""
+
+    def rows(self, ids: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """Rows of the weight that `prepare` got, to the bit, as the op `embedding` gives them. ids: [T] int64. Returns [T, in]."""
+
+
+@runtime_checkable
 class KeepsPrepared(Protocol):
     """An op whose prepared weights may be kept on disk for the next start. Beside `LinearOp` and its like; where every op of a model is one, the
     core keeps them (`[model] weight_cache_bytes`). Prepared weights must then lie in memory that the host reads and writes."""

@@ -34,6 +34,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "add_rms_norm": (_I32, [_P, _P, _P, _F32, _P, _P, _I64, _I64, _I32]),
     "silu_mul": (_I32, [_P, _I64, _P, _I64, _I64, _I32]),
     "embedding": (_I32, [_P, _P, _P, _I64, _I64, _I64, _I32]),
+    "packed_rows": (_I32, [_P, _P, _P, _I64, _I64, _I64, _I32]),
     "rope": (_I32, [_P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32]),
     "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
     "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),

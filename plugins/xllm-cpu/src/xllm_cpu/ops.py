@@ -101,9 +101,20 @@ class LinearSiluMul(Linear):
 
 
 class LmHead(Linear):
-    """`lm_head`: sums stay as they are."""
+    """`lm_head`: sums stay as they are. A tied embedding reads its rows (`GivesRows`)."""
 
     _is_wide = 1
+
+    def rows(self, ids: torch.Tensor, prepared: Packed) -> torch.Tensor:
+        """ids: [T] int64. Returns [T, in], to the bit as they were packed; IndexError for an id outside the table."""
+        ids, weight = ids.contiguous(), prepared.weight
+        _check(ids.dtype == torch.int64 and ids.dim() == 1, "ids [T] int64 are wanted", ids)
+        out = torch.empty(ids.shape[0], prepared.in_features, dtype=weight.dtype)
+        bad = self._native.packed_rows(
+            ids.data_ptr(), weight.data_ptr(), out.data_ptr(), ids.shape[0], prepared.out_features, prepared.in_features, _is_bf16(weight)
+        )  # fmt: skip
+        _check_index(bad, "token id", ids, prepared.out_features)
+        return out
 
 
 class LinearFloat32(Kept):
