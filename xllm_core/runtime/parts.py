@@ -186,7 +186,7 @@ class CoreParts:
                 weight.packed = []  # beside the table of the embedding
         if "lm_head" in self._ops_for(weight):
             return self._product("lm_head", weight, None, self._all_gather)
-        product = self.op("lm_head", unfused=self.op("linear"))
+        product: Any = self.op("lm_head", unfused=self.op("linear"))
         head = self._bind(_BoundLinear(product, weight, None, self._all_gather))
         if weight.name in self._embeddings and isinstance(product, GivesRows):
             self._embeddings[weight.name].head = head
