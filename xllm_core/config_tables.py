@@ -49,6 +49,12 @@ class ModelTable(Table):
         "as they are; default is none: weights in dtype.",
     )
     max_model_len: int | None = Field(None, ge=1, description="Longest context in tokens; default is the model's own.")
+    weight_cache_bytes: int = Field(
+        4 << 30,
+        ge=0,
+        description="Bytes on disk, of all models, for weights as the device lays them out: they make the next start faster. In weights/ of "
+        "$XLLM_CACHE_DIR (~/.cache/xllm); those unused for longest go first; 0 keeps and reads none.",
+    )
 
 
 class DeviceTable(Table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 import weakref
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from xllm_core import __version__
 from xllm_core.config_secrets import reveal
 from xllm_core.engine.engine import Engine
 from xllm_core.engine.executor import InProcessExecutor, T, ThreadExecutor, WorkerThread
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from xllm_core.plugins.contracts.model import Model
     from xllm_core.plugins.contracts.weights import WeightMap
     from xllm_core.plugins.resolve import Assembly
+    from xllm_core.runtime.kept_weights import KeptWeights
     from xllm_core.runtime.parts import CoreParts, WeightsInFormat
     from xllm_core.runtime.worker import Worker
 
@@ -87,8 +90,26 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
     )
     model = assembly.family.build(config, parts)
     _tell_packed(plan, weights, parts)
-    load_weights(assembly.checkpoint, weights, parts, progress=progress)
+    kept = _kept_weights(assembly, settings, weights, parts)
+    if kept is None or not kept.restore(parts, progress=progress):
+        load_weights(assembly.checkpoint, weights, parts, progress=progress)
+        if kept is not None:
+            kept.keep(parts)
     return LoadedModel(device, model, kernels, ops, parts, time.perf_counter() - started_s)
+
+
+def _kept_weights(assembly: Assembly, settings: Settings, weights: WeightMap, parts: CoreParts) -> KeptWeights | None:
+    """Where the laid out weights of this model are, or would be, kept; None where they are not."""
+    from xllm_core.runtime.kept_weights import KeptWeights, cache_directory
+
+    plan, layouts = assembly.plan, parts.layouts()
+    if settings.model.weight_cache_bytes == 0 or layouts is None:
+        return None
+    made_by = [plan.model, plan.weight_format, plan.quantization, *plan.ops.values()]
+    origins = [(one.name, one.target, one.version) for one in made_by if one is not None]
+    what = [assembly.checkpoint.fingerprint(), plan.dtype, plan.quantized_kinds, "rank 0 of 1", repr(weights), layouts]
+    key = hashlib.sha256(json.dumps([__version__, what, origins]).encode()).hexdigest()
+    return KeptWeights(cache_directory() / "weights", key, max_bytes=settings.model.weight_cache_bytes)
 
 
 def _weights_in_format(assembly: Assembly, weights: WeightMap) -> WeightsInFormat | None:

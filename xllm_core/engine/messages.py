@@ -1,7 +1,7 @@
 """What crosses between a front end and an engine process: typed msgspec structs, length-prefixed msgpack over one socket pair.
 
-To the engine: `Start` first, then `Submit`, `Abort`, `Ping`, `Stop`. From it: `Phase`s while it starts, `Planned` if it made the plan, then
-`Ready` or `Failed`, then one `Stepped` per step, `Refused` for a request that it did not take, `Pong`.
+To the engine: `Start` first, then `Submit`, `Abort`, `Ping`, `Stop`. From it: `Phase`s while it starts, `Planned` if it made the plan, `TextFiles`,
+then `Ready` or `Failed`, then one `Stepped` per step, `Refused` for a request that it did not take, `Pong`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,11 @@ class Loading(msgspec.Struct, tag=True):
     total_bytes: int
 
 
-class TextFiles(msgspec.Struct):
-    """What the text side needs of a checkpoint; paths are of files that exist. tokenizer_json: None if the model has no tokenizer."""
+class TextFiles(msgspec.Struct, tag=True):
+    """What the text side needs of a checkpoint, told while weights are read; paths are of files that exist.
+
+    tokenizer_json: None if the model has no tokenizer.
+    """
 
     tokenizer_json: str | None
     bos_token: str | None
@@ -86,7 +89,6 @@ class Ready(msgspec.Struct, tag=True):
     """The engine serves."""
 
     info: EngineInfo
-    text: TextFiles
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -142,7 +144,7 @@ class Pong(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Submit | Abort | Ping | Stop
-FromEngine = Phase | Loading | Planned | Ready | Failed | Stepped | Refused | Pong
+FromEngine = Phase | Loading | Planned | TextFiles | Ready | Failed | Stepped | Refused | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -22,7 +22,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xllm_core.config import Settings
@@ -56,16 +55,18 @@ _MAX_GATHER_S = 0.02
 
 
 class Channel:
-    """Messages over the socket to the parent. Owned by the engine's thread. Raises EOFError when the parent is gone."""
+    """Messages over the socket to the parent. Owned by the engine's thread; others may send. Raises EOFError when the parent is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._frames = Frames()
+        self._sending = threading.Lock()
 
     def send(self, message: FromEngine) -> None:
         """Write one message; waits while the parent does not read."""
         try:
-            self._sock.sendall(encode(message))
+            with self._sending:
+                self._sock.sendall(encode(message))
         except OSError as error:
             raise EOFError from error
 
@@ -205,9 +206,7 @@ class _StoreCounters:
         return self._counters
 
 
-def build(
-    settings: Settings, channel: Channel, planned: messages.Planned | None
-) -> tuple[BuiltEngine, EngineInfo, messages.TextFiles]:
+def build(settings: Settings, channel: Channel, planned: messages.Planned | None) -> tuple[BuiltEngine, EngineInfo]:
     """Find, load and connect everything; tells the parent of each phase that has ended. planned: what another process has decided already."""
     gc.disable()  # what is made now stays: to look through it again and again takes a tenth of the start
     try:
@@ -227,9 +226,7 @@ def _give_back_memory() -> None:
         trim(0)
 
 
-def _build(
-    settings: Settings, channel: Channel, planned: messages.Planned | None
-) -> tuple[BuiltEngine, EngineInfo, messages.TextFiles]:
+def _build(settings: Settings, channel: Channel, planned: messages.Planned | None) -> tuple[BuiltEngine, EngineInfo]:
     from xllm_core.engine.build import build_engine, call_in, load_model, worker_thread
 
     clock = _Phases(channel)
@@ -238,7 +235,7 @@ def _build(
     )
     clock.end("model", f"{assembly.plan.architecture}, {assembly.plan.dtype}")
     with ThreadPoolExecutor(1, thread_name_prefix="xllm-tokenizer") as pool:
-        text = pool.submit(_text_files, assembly)  # a first conversion takes seconds, as loading weights does
+        text = pool.submit(_tell_text, assembly, channel)  # a first conversion takes seconds, as loading weights does
         thread = worker_thread(settings)
         loaded = call_in(thread, partial(load_model, assembly, settings, progress=clock.loading))
         clock.end("weights", loaded.device.facts().name)
@@ -247,9 +244,9 @@ def _build(
         clock.end("KV cache", f"{info.num_blocks} blocks of {info.block_size} tokens")
         _warm_up(built.engine, info)
         clock.end("warm-up", "two requests of two tokens")
-        files = text.result()
-    clock.end("tokenizer", Path(files.tokenizer_json).name if files.tokenizer_json else "none")
-    return built, info, files
+        name = text.result()
+    clock.end("tokenizer", name)
+    return built, info
 
 
 def _decide(settings: Settings, channel: Channel, clock: _Phases) -> Assembly:
@@ -282,14 +279,17 @@ class _Phases:
             self._channel.send(messages.Loading(done, total))
 
 
-def _text_files(assembly: Assembly) -> messages.TextFiles:
+def _tell_text(assembly: Assembly, channel: Channel) -> str:
+    """Let the parent open the tokenizer while weights are read; returns the name of its file."""
     files: TokenizerFiles = assembly.checkpoint.tokenizer()
     path = files.tokenizer_json if files.tokenizer_json is not None else files.convert() if files.convert else None
-    return messages.TextFiles(
+    text = messages.TextFiles(
         tokenizer_json=str(path) if path is not None else None, bos_token=files.bos_token, eos_token=files.eos_token,
         eos_token_ids=list(files.eos_token_ids), adds_bos=files.adds_bos, chat_template=files.chat_template,
         generation_config=dict(assembly.checkpoint.generation_config), warnings=list(files.extra.get("warnings", ())),
     )  # fmt: skip
+    channel.send(text)
+    return path.name if path is not None else "none"
 
 
 def _warm_up(engine: Engine, info: EngineInfo) -> None:
@@ -333,9 +333,9 @@ def main(arguments: list[str]) -> int:
         if not isinstance(start, messages.Start):
             raise RuntimeError(f"the first message was {type(start).__name__}, not Start")
         settings = Settings.from_tables(start.tables)
-        built, info, text = build(settings, channel, start.planned)
+        built, info = build(settings, channel, start.planned)
         engine = built.engine
-        channel.send(messages.Ready(info, text))
+        channel.send(messages.Ready(info))
         EngineLoop(engine, channel, built.store).run(early)
     except EOFError:
         return 0

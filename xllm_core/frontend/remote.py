@@ -59,6 +59,8 @@ class EngineProcess(asyncio.Protocol):
         self._ready: asyncio.Future[messages.Ready] | None = None
         self._planned: messages.Planned | None = None
         self._is_planned = asyncio.Event()
+        self._text: messages.TextFiles | None = None
+        self._has_text = asyncio.Event()
         self._info: EngineInfo | None = None
         self._failure: messages.Failed | None = None
         self._death: EngineDeadError | None = None
@@ -110,6 +112,11 @@ class EngineProcess(asyncio.Protocol):
         """What this engine decided, for others to build, while its own start goes on; None if it ended before."""
         await self._is_planned.wait()
         return self._planned
+
+    async def text(self) -> messages.TextFiles | None:
+        """What the text side needs, while the start goes on; None if the engine ended before."""
+        await self._has_text.wait()
+        return self._text
 
     def close(self) -> None:
         """Ask the process to end, and make it if it does not. Safe to call twice; blocks for some seconds at most."""
@@ -203,6 +210,7 @@ class EngineProcess(asyncio.Protocol):
         self._death = EngineDeadError(self._obituary())
         self._unfinished.clear()
         self._is_planned.set()
+        self._has_text.set()
         if self._ready is not None and not self._ready.done():
             failure = self._failure
             own = failure is not None and failure.is_ours
@@ -234,6 +242,9 @@ class EngineProcess(asyncio.Protocol):
         elif isinstance(message, messages.Planned):
             self._planned = message
             self._is_planned.set()
+        elif isinstance(message, messages.TextFiles):
+            self._text = message
+            self._has_text.set()
         else:
             self._on_start(message)
 

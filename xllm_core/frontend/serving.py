@@ -9,18 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xllm_core.engine.info import EngineInfo
 from xllm_core.engine.messages import EngineStats, Loading, Phase, TextFiles
 from xllm_core.errors import EngineDeadError, InvalidRequestError, QueueFullError, XllmError
 from xllm_core.frontend.pool import EnginePool
-from xllm_core.frontend.processor import Prepared, Processor
 from xllm_core.frontend.remote import EngineProcess
-from xllm_core.frontend.template import ChatTemplate
-from xllm_core.frontend.tokenizer import Tokenizer
 from xllm_core.plugins.contracts.weights import TokenizerFiles
 from xllm_core.types import EngineRequest, RequestOutput, TokenOutput
+
+if TYPE_CHECKING:
+    # Imported when the engine processes have been started, and while they start.
+    from xllm_core.frontend.processor import Prepared, Processor
+    from xllm_core.frontend.template import ChatTemplate
+    from xllm_core.frontend.tokenizer import Tokenizer
 
 _PING_S = 2.0
 _log = logging.getLogger("xllm.serve")
@@ -81,19 +84,19 @@ class Answer:
 
 
 class Serving:
-    """Engines, the text side, and every unfinished request. One event loop owns it.
+    """Engines, the text side, and every unfinished request. One event loop owns it: make it, `watch`, await `start`, `close`.
 
     tables: `Settings.tables()` for the engines. max_queue: requests that may wait for an engine's attention. engine_timeout_s: silence of
     an engine that has work after which `is_responsive` is False.
     """
 
     def __init__(
-        self, tables: Mapping[str, Any], *, watcher: RequestWatcher, num_engines: int = 1, max_queue: int = 512, engine_timeout_s: float = 120.0,
+        self, tables: Mapping[str, Any], *, num_engines: int = 1, max_queue: int = 512, engine_timeout_s: float = 120.0,
         chat_template: str | None = None, use_generation_config: bool = True,
         on_start: Callable[[int, Phase | Loading], None] = lambda engine, event: None,
     ) -> None:  # fmt: skip
         self._tables = tables
-        self._watcher = watcher
+        self._watcher: RequestWatcher
         self._max_queue = max_queue
         self._engine_timeout_s = engine_timeout_s
         self._chat_template = chat_template
@@ -112,23 +115,35 @@ class Serving:
         self._pool = EnginePool(self.engines)
         self._sockets = [engine.spawn() for engine in self.engines]
 
+    def watch(self, watcher: RequestWatcher) -> None:
+        """Whom to tell of requests. Call it once, before `start`; it may be made while the engines are starting."""
+        self._watcher = watcher
+
     async def start(self) -> EngineInfo:
         """Wait for the engines and open the tokenizer. Raises EngineStartError."""
+        from xllm_core.frontend.processor import Processor
+
         first, *others = zip(self.engines, self._sockets, strict=True)
         starts = [asyncio.ensure_future(first[0].start(first[1]))]
         if (
             others and (planned := await first[0].planned()) is not None
         ):  # one discovers and decides, the others build the same
             starts += [asyncio.ensure_future(engine.start(sock, planned)) for engine, sock in others]
-        ready = (await asyncio.gather(*starts))[0]
-        for warning in ready.text.warnings:
+        opening = asyncio.ensure_future(self._open_text(first[0]))
+        await asyncio.gather(*starts, opening)
+        self._processor = Processor(self._pool, *opening.result())
+        self._ping_task = asyncio.create_task(self._ping())
+        return starts[0].result().info
+
+    async def _open_text(self, engine: EngineProcess) -> tuple[Tokenizer | None, ChatTemplate | None, dict[str, Any]]:
+        """Tokenizer, template and generation config, while the engine reads weights; nothing of it if it ended before."""
+        if (text := await engine.text()) is None:
+            return None, None, {}
+        for warning in text.warnings:
             _log.warning("%s", warning)
         loop = asyncio.get_running_loop()
-        tokenizer, template = await loop.run_in_executor(None, open_text, ready.text, self._chat_template)
-        generation_config = dict(ready.text.generation_config) if self._use_generation_config else {}
-        self._processor = Processor(self._pool, tokenizer, template, generation_config)
-        self._ping_task = asyncio.create_task(self._ping())
-        return ready.info
+        tokenizer, template = await loop.run_in_executor(None, open_text, text, self._chat_template)
+        return tokenizer, template, dict(text.generation_config) if self._use_generation_config else {}
 
     @property
     def is_ready(self) -> bool:
@@ -275,6 +290,9 @@ class Serving:
 
 def open_text(text: TextFiles, chat_template: str | None) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """Tokenizer and template from what the engine found. chat_template: source that replaces the model's own."""
+    from xllm_core.frontend.template import ChatTemplate
+    from xllm_core.frontend.tokenizer import Tokenizer
+
     source = chat_template if chat_template is not None else text.chat_template
     files = TokenizerFiles(
         tokenizer_json=Path(text.tokenizer_json) if text.tokenizer_json is not None else None, convert=None, chat_template=source,

@@ -18,7 +18,7 @@ from xllm_core.errors import ConfigError, IntegrityError, WeightMismatchError
 from xllm_core.plugins.contracts.attention import AttentionKernel, KVSegments
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.model import Attention, Experts, ForwardContext, Linear
-from xllm_core.plugins.contracts.ops import LinearOp, MoeExpertsOp
+from xllm_core.plugins.contracts.ops import GivesRows, KeepsPrepared, LinearOp, MoeExpertsOp
 from xllm_core.plugins.contracts.weights import Axis, PackedTensor
 from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.kv_cache import KVCache
@@ -88,6 +88,8 @@ class CoreParts:
         self.dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
         self.world_size, self.rank = world_size, rank
         self.parameters: dict[str, Parameter] = {}
+        self._handed_out: dict[str, torch.Tensor] = {}
+        self._embeddings: dict[str, _BoundEmbedding] = {}
         self._ops, self._kernels = ops, kernels
         self._format = weights or WeightsInFormat()
         self._all_reduce = all_reduce or _identity
@@ -120,6 +122,7 @@ class CoreParts:
         """A parameter that the model keeps and hands to ops itself."""
         tensor = self._new_parameter(name, shape, axis, is_float32=is_float32).tensor
         assert tensor is not None
+        self._handed_out[name] = tensor
         return tensor
 
     def linear(self, name: str, in_features: int, out_features: int, *, axis: Axis, has_bias: bool = False) -> Linear:
@@ -161,8 +164,9 @@ class CoreParts:
         parameter = self._new_parameter(f"{name}.weight", (num_embeddings, size), "vocab")
         assert parameter.tensor is not None
         table, look_up = parameter.tensor, self.op("embedding")
+        self._handed_out[parameter.name] = table
         if self.world_size == 1:
-            return lambda ids: look_up(ids, table)
+            return self._embeddings.setdefault(parameter.name, _BoundEmbedding(look_up, table))
         first, all_reduce = self.rank * len(table), self._all_reduce
 
         def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -182,8 +186,12 @@ class CoreParts:
                 weight.packed = []  # beside the table of the embedding
         if "lm_head" in self._ops_for(weight):
             return self._product("lm_head", weight, None, self._all_gather)
-        product = self.op("lm_head", unfused=self.op("linear"))
-        return self._bind(_BoundLinear(product, weight, None, self._all_gather))
+        product: Any = self.op("lm_head", unfused=self.op("linear"))
+        head = self._bind(_BoundLinear(product, weight, None, self._all_gather))
+        if weight.name in self._embeddings and isinstance(product, GivesRows):
+            self._embeddings[weight.name].head = head
+            del self._handed_out[weight.name]
+        return head
 
     def attention(
         self, group: str, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int, scale: float,
@@ -215,8 +223,42 @@ class CoreParts:
                 linear.weight.tensor = linear.weight.packed = None
         for experts in self._experts.values():
             experts.prepare()
+        self._let_go()
+
+    def layouts(self) -> list[str] | None:
+        """Which op lays out which weight, and how; None where one cannot keep what it prepared."""
+        users = self._by_name()
+        ops = [user.op for user in users.values()]
+        if not all(isinstance(op, KeepsPrepared) for op in ops):
+            return None
+        return [f"{name}: {type(op).__name__}, {op.layout}" for name, op in zip(users, ops, strict=True)]
+
+    def handed_out(self) -> Mapping[str, torch.Tensor]:
+        """Parameters that a model holds itself, by name; they stay where they are."""
+        return self._handed_out
+
+    def kept(self) -> dict[str, Mapping[str, torch.Tensor | int]]:
+        """What ops have prepared, after `finish`, where `layouts` says that they can tell."""
+        return {name: user.op.kept(user.prepared) for name, user in self._by_name().items()}
+
+    def finish_with(self, kept: Mapping[str, Mapping[str, torch.Tensor | int]]) -> None:
+        """Instead of `finish`: with what `kept` told of equal parts. What is handed out is filled already. KeyError, TypeError: it does not fit."""
+        users = self._by_name()
+        prepared = {name: user.op.restored(kept[name]) for name, user in users.items()}
+        for name, user in users.items():
+            user.prepared = prepared[name]
+        self._let_go()
+
+    def _let_go(self) -> None:
         for parameter in self.parameters.values():
-            parameter.tensor = None
+            parameter.tensor = parameter.packed = None
+        for embedding in self._embeddings.values():
+            embedding.let_go()
+
+    def _by_name(self) -> dict[str, Any]:
+        """Whatever has prepared weights. A tied table has two users."""
+        linears = {f"{i} {linear.weight.name}": linear for i, linear in enumerate(self._linears)}
+        return {**linears, **self._experts}
 
     def bind_kv(self, cache: KVCache) -> None:
         """Give every attention layer its cache tensors; may be called again after a reallocation."""
@@ -304,17 +346,33 @@ class _BoundLinear:
         after: Callable[[torch.Tensor], torch.Tensor],
         formatted: Callable[[Parameter], Any] | None = None,
     ) -> None:
-        self._op: LinearOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
+        self.op: LinearOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
         self.weight, self._bias, self._after, self._formatted = weight, bias, after, formatted
-        self._prepared: Any = None
+        self.prepared: Any = None
 
     def prepare(self) -> None:
         weight: Any = self.weight.tensor if self._formatted is None else self._formatted(self.weight)
         assert weight is not None
-        self._prepared = self._op.prepare(weight, self._bias.tensor if self._bias else None)
+        self.prepared = self.op.prepare(weight, self._bias.tensor if self._bias else None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._after(self._op(x, self._prepared))
+        return self._after(self.op(x, self.prepared))
+
+
+class _BoundEmbedding:
+    """A table, or from `let_go` on that of the head it is tied to. head: one whose op `GivesRows`, if any."""
+
+    def __init__(self, look_up: Callable[..., Any], table: torch.Tensor) -> None:
+        self._look_up, self._table = look_up, table
+        self.head: _BoundLinear | None = None
+
+    def let_go(self) -> None:
+        if self.head is not None:
+            self._look_up, self._table = self.head.op.rows, self.head.prepared  # type: ignore[attr-defined]  # `lm_head` has looked
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self._look_up(ids, self._table)
+        return rows
 
 
 class _BoundExperts:
@@ -325,9 +383,9 @@ class _BoundExperts:
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:  # fmt: skip
         assert gate_up.tensor is not None
-        self._op: MoeExpertsOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
+        self.op: MoeExpertsOp = op  # type: ignore[assignment]  # the table holds callables; this one also prepares
         self._weights, self._first, self._all_reduce = (gate_up, down), first, all_reduce
-        self._prepared: Any = None
+        self.prepared: Any = None
         here = gate_up.tensor.device
         self.counts = torch.zeros(len(gate_up.tensor), dtype=torch.int64, device=here)
         self.physical_of = torch.arange(gate_up.shape[0], device=here)
@@ -335,17 +393,17 @@ class _BoundExperts:
     def prepare(self) -> None:
         gate_up, down = (weight.tensor for weight in self._weights)
         assert gate_up is not None and down is not None
-        self._prepared = self._op.prepare(gate_up, down)
+        self.prepared = self.op.prepare(gate_up, down)
         for weight in self._weights:
             weight.tensor = None
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         places = self.physical_of[ids]
         if self._all_reduce is None:
-            return self._op(x, places, weights, self.counts, self._prepared)
+            return self.op(x, places, weights, self.counts, self.prepared)
         places = places - self._first
         is_here = (places >= 0) & (places < len(self.counts))
-        return self._all_reduce(self._op(x, torch.where(is_here, places, -1), weights, self.counts, self._prepared))
+        return self._all_reduce(self.op(x, torch.where(is_here, places, -1), weights, self.counts, self.prepared))
 
 
 class _BoundAttention:

@@ -19,8 +19,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from xllm_core import __version__
 from xllm_core.config import Settings
 from xllm_core.config_tables import ServerTable
@@ -28,11 +26,13 @@ from xllm_core.engine.info import EngineInfo
 from xllm_core.engine.messages import Loading, Phase
 from xllm_core.errors import ConfigError, HttpRefusal
 from xllm_core.frontend.serving import Serving
-from xllm_core.server.metrics import Metrics
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from xllm_core.server.app import ServerState
     from xllm_core.server.guard import Guard
+    from xllm_core.server.metrics import Metrics
 
 ENGINE_DIED = 70
 _BACKLOG = 2048
@@ -64,13 +64,17 @@ def start_engines(
     max_queue: instead of the setting's.
     """
     table = settings.server
-    metrics, report = Metrics(names[0], settings.engine.num_engines), Report(settings.engine.num_engines)
+    report = Report(settings.engine.num_engines)
     serving = Serving(
-        settings.tables(), watcher=metrics, num_engines=settings.engine.num_engines, max_queue=max_queue or table.max_queue,
+        settings.tables(), num_engines=settings.engine.num_engines, max_queue=max_queue or table.max_queue,
         engine_timeout_s=table.engine_timeout_s, chat_template=_read_template(table), on_start=report.event,
         use_generation_config=table.generation_config == "auto",
     )  # fmt: skip
     try:
+        from xllm_core.server.metrics import Metrics  # the engines are starting by now
+
+        metrics = Metrics(names[0], settings.engine.num_engines)
+        serving.watch(metrics)
         yield serving, metrics, report
     finally:
         report.close()
@@ -232,6 +236,8 @@ class Report:
             self.line(f"  {who}{event.name:<10} {event.seconds:6.2f} s  {event.detail}")
         elif event.total_bytes >= _SHOW_ABOVE_BYTES and engine == 0:
             if self._bar is None:
+                from tqdm import tqdm
+
                 self._bar = tqdm(
                     total=event.total_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
                 )

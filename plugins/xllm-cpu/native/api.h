@@ -56,6 +56,8 @@ XLLM_API int xllm_add_rms_norm(
     const void* x, const void* residual, const void* weight, float eps, void* total, void* out, int64_t rows, int64_t size, int is_bf16);
 XLLM_API int xllm_silu_mul(const void* x, int64_t ldx, void* out, int64_t rows, int64_t inner, int is_bf16);
 XLLM_API int xllm_embedding(const int64_t* ids, const void* table, void* out, int64_t count, int64_t vocab, int64_t size, int is_bf16);
+// The same out of a table [vocab][size] as `xllm_pack` has packed it, without `fuses`.
+XLLM_API int xllm_packed_rows(const int64_t* ids, const void* packed, void* out, int64_t count, int64_t vocab, int64_t size, int is_bf16);
 
 // x: [tokens][heads][size], head stride `size`, token stride ldx; cos, sin: [tokens][rotated]. out is contiguous.
 XLLM_API int xllm_rope(

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "api.h"
+#include "linear.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -20,6 +21,15 @@ template <class Fn> void for_rows(int64_t rows, int64_t size, Fn fn) {
   parallel_for((rows + grain - 1) / grain, [&](int64_t piece) {
     const int64_t end = std::min(rows, (piece + 1) * grain);
     for (int64_t row = piece * grain; row < end; row++) fn(row);
+  });
+}
+
+// Back out of panels: a row is one of a panel's lanes, P elements in every step of K.
+template <class E> void packed_rows(const int64_t* ids, const typename E::T* packed, typename E::T* out, int64_t count, int64_t size) {
+  for_rows(count, size, [=](int64_t i) {
+    const auto* from = packed + ids[i] / NR * panel_size<E>(size) + ids[i] % NR * E::P;
+    auto* to = out + i * size;
+    for (int64_t k = 0; k < size; k++) to[k] = from[k / E::P * NR * E::P + k % E::P];
   });
 }
 
@@ -165,6 +175,12 @@ int xllm_embedding(const int64_t* ids, const void* table, void* out, int64_t cou
   for_rows(count, size, [=](int64_t i) {
     std::memcpy(static_cast<char*>(out) + i * bytes, static_cast<const char*>(table) + ids[i] * bytes, static_cast<size_t>(bytes));
   });
+  return 0;
+}
+
+int xllm_packed_rows(const int64_t* ids, const void* packed, void* out, int64_t count, int64_t vocab, int64_t size, int is_bf16) {
+  if (const int bad = first_outside(ids, count, 0, vocab)) return bad;
+  BY_TYPE(is_bf16, packed_rows<Bf16>(ids, B(packed), BO(out), count, size), packed_rows<F32>(ids, S(packed), SO(out), count, size));
   return 0;
 }
 

@@ -30,8 +30,36 @@ def test_large_memory_is_in_huge_pages() -> None:
     """A step reads all weights; one core reads twice as fast where pages are large. Dies with a mapping that the system may not use them for."""
     tensor = CpuDevice(0).allocate((64 << 20,), torch.uint8)
     tensor.fill_(1)
-    assert tensor.data_ptr() % (2 << 20) == 0
-    assert huge_kb(tensor.data_ptr()) >= 32 << 10, "less than half of it"
+    middle = tensor.data_ptr() + (32 << 20)
+    assert huge_kb(middle) >= 32 << 10, "less than half of it"
+
+
+def resident_kb() -> int:
+    """Of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not tell what is resident")
+def test_a_short_request_touches_little_of_a_cache() -> None:
+    """100 KB of each of 40 large tensors are 4 MB. Dies where memory begins with a huge page: 80 MB are then cleared for the first token."""
+    device = CpuDevice(0)
+    tensors = [device.allocate((8 << 20,), torch.uint8) for _ in range(40)]
+    before = resident_kb()
+    for tensor in tensors:
+        tensor[: 100 << 10] = 1
+    assert resident_kb() - before < 20 << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not tell what is resident")
+def test_a_full_cache_takes_what_it_holds() -> None:
+    """Dies where the last huge page of a tensor reaches beyond its end."""
+    device = CpuDevice(0)
+    tensors = [device.allocate(((4 << 20) + (300 << 10),), torch.uint8) for _ in range(20)]
+    before = resident_kb()
+    for tensor in tensors:
+        tensor.fill_(1)
+    assert resident_kb() - before < 20 * (4 << 10) + 20 * 300 + (8 << 10)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (1 << 20, 3)])

@@ -60,7 +60,7 @@ A plugin may fuse under names of its own, for models that ask for them: `Parts.o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +117,30 @@ class LinearOp(Protocol):
 
     def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x: [T, in], model dtype, contiguous. Returns [T, out]."""
+
+
+@runtime_checkable
+class GivesRows(Protocol):
+    """A `LinearOp` for `lm_head` that can give back what it laid out: an embedding tied to the head is then read from there, and held once."""
+
+    def rows(self, ids: torch.Tensor, prepared: Any) -> torch.Tensor:
+        """Rows of the weight that `prepare` got, to the bit, as the op `embedding` gives them. ids: [T] int64. Returns [T, in]."""
+
+
+@runtime_checkable
+class KeepsPrepared(Protocol):
+    """An op whose prepared weights may be kept on disk for the next start. Beside `LinearOp` and its like; where every op of a model is one, the
+    core keeps them (`[model] weight_cache_bytes`). Prepared weights must then lie in memory that the host reads and writes."""
+
+    @property
+    def layout(self) -> str:
+        """Names how weights are laid out: whatever would change a byte of a prepared weight must change it, as would another build of the kernels."""
+
+    def kept(self, prepared: Any) -> Mapping[str, torch.Tensor | int]:
+        """What a prepared weight is: contiguous tensors, which nobody changes, and numbers, by names of the op's own. Nothing is copied."""
+
+    def restored(self, kept: Mapping[str, torch.Tensor | int]) -> Any:
+        """The prepared weight that `kept` told of, over these tensors, which are the op's now: each begins at a multiple of 64 bytes."""
 
 
 class Quantization(Protocol):

@@ -20,7 +20,10 @@ from xllm_cpu.native import load
 _CGROUP = Path("/sys/fs/cgroup")
 _LINE = 64
 _HUGE = 2 << 20
-_ROOM = 64 << 20
+# What lies before the first huge page of a piece of memory. A short request takes so much of a layer's KV cache, and a huge page of every layer would
+# be more to clear, and to hold, than its forward computes.
+_HEAD = 256 << 10
+_ROOM = _HEAD + (64 << 20)
 # Python maps memory that is shared with children, which Linux keeps in small pages unless told otherwise for all of the system.
 _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
@@ -65,9 +68,9 @@ class CpuDevice:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed pages of the system's, touched when first used; large ones in huge pages where the system has them."""
+        """Zeroed pages of the system's, touched when first used; of large memory all but begin and rest are huge, where the system has them."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        is_large = num_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
+        is_large = num_bytes >= _HEAD + _HUGE and hasattr(mmap, "MADV_HUGEPAGE")
         try:
             memory = mmap.mmap(-1, max(1, num_bytes + _HUGE if is_large else num_bytes), **_PRIVATE)
         except (OSError, MemoryError, OverflowError) as error:
@@ -77,8 +80,8 @@ class CpuDevice:
         pages = np.frombuffer(memory, dtype=np.uint8)
         first = 0
         if is_large:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            first = -pages.ctypes.data % _HUGE  # a huge page begins where one may begin
+            first = -(pages.ctypes.data + _HEAD) % _HUGE  # a huge page begins where one may begin
+            memory.madvise(mmap.MADV_HUGEPAGE, first + _HEAD, (num_bytes - _HEAD) // _HUGE * _HUGE)
         return torch.from_numpy(pages[first : first + num_bytes]).view(dtype).view(tuple(shape))
 
     def packed_weight(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:

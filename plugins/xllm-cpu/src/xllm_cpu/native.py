@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+import hashlib
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from xllm_core.plugins import ConfigError
@@ -33,6 +34,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "add_rms_norm": (_I32, [_P, _P, _P, _F32, _P, _P, _I64, _I64, _I32]),
     "silu_mul": (_I32, [_P, _I64, _P, _I64, _I64, _I32]),
     "embedding": (_I32, [_P, _P, _P, _I64, _I64, _I64, _I32]),
+    "packed_rows": (_I32, [_P, _P, _P, _I64, _I64, _I64, _I32]),
     "rope": (_I32, [_P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32]),
     "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
     "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
@@ -88,6 +90,11 @@ class Library:
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
         self.name = isa
+
+    @cached_property
+    def build(self) -> str:
+        """Tells one build of the kernels from another."""
+        return hashlib.sha256(library_path(self.name).read_bytes()).hexdigest()
 
 
 @cache

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from xllm_cpu.device import CpuDevice
+from xllm_cpu.kept import Kept
 
 
 def _is_bf16(tensor: torch.Tensor) -> int:
@@ -45,9 +46,10 @@ class Packed:
     in_features: int
 
 
-class Linear:
+class Linear(Kept):
     """`linear`: x @ weight.T + bias."""
 
+    _prepared_type = Packed
     _fuses = 0
     _is_wide = 0  # whether results are float32 whatever x is
 
@@ -99,16 +101,29 @@ class LinearSiluMul(Linear):
 
 
 class LmHead(Linear):
-    """`lm_head`: sums stay as they are."""
+    """`lm_head`: sums stay as they are. A tied embedding reads its rows (`GivesRows`)."""
 
     _is_wide = 1
 
+    def rows(self, ids: torch.Tensor, prepared: Packed) -> torch.Tensor:
+        """ids: [T] int64. Returns [T, in], to the bit as they were packed; IndexError for an id outside the table."""
+        ids, weight = ids.contiguous(), prepared.weight
+        _check(ids.dtype == torch.int64 and ids.dim() == 1, "ids [T] int64 are wanted", ids)
+        out = torch.empty(ids.shape[0], prepared.in_features, dtype=weight.dtype)
+        bad = self._native.packed_rows(
+            ids.data_ptr(), weight.data_ptr(), out.data_ptr(), ids.shape[0], prepared.out_features, prepared.in_features, _is_bf16(weight)
+        )  # fmt: skip
+        _check_index(bad, "token id", ids, prepared.out_features)
+        return out
 
-class LinearFloat32:
+
+class LinearFloat32(Kept):
     """`linear_float32`: scores in float32 whatever the model computes in."""
 
+    _prepared_type = Packed
+
     def __init__(self, device: CpuDevice) -> None:
-        self._linear = Linear(device)
+        self._linear, self._native = Linear(device), device.native
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
         """float32, packed."""
@@ -130,8 +145,10 @@ class PackedExperts:
     inner: int
 
 
-class MoeExperts:
+class MoeExperts(Kept):
     """`moe_experts`: tokens grouped by expert, each weight read once."""
+
+    _prepared_type = PackedExperts
 
     def __init__(self, device: CpuDevice) -> None:
         self._native, self._allocate = device.native, device.packed_weight

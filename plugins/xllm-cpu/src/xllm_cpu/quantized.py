@@ -86,6 +86,8 @@ class PackedBlocks(Packed):
 class LinearBlocks(_OverBytes):
     """`linear_blocks`: codes of 4 or 8 bits as the file has them, a scale per 32 columns, a step per 32 elements of x."""
 
+    _prepared_type = PackedBlocks
+
     def prepare(self, weight: Any, bias: torch.Tensor | None) -> PackedBlocks:
         """weight: uint8 [out, in / 2] or int8 [out, in], scales and for some kinds minimums [out, in / 32] float16. Packed; none is kept."""
         codes, scales, *rest = weight
