@@ -14,7 +14,7 @@ from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel, NotCapt
 from xllm_core.plugins.contracts.model import ForwardContext
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.runtime.graphs import DecodeGraphs, buckets, why_no_graphs
+from xllm_core.runtime.graphs import StepGraphs, buckets, why_no_graphs
 from xllm_core.runtime.inputs import StepInputs
 from xllm_core.types import StepPlan
 
@@ -83,11 +83,11 @@ class Model:
         return hidden.expand(-1, VOCAB)
 
 
-def make(max_rows: int = 20) -> tuple[DecodeGraphs, Device, Model]:
+def make(max_rows: int = 20) -> tuple[StepGraphs, Device, Model]:
     device, model = Device(), Model()
     geometry = AttentionGeometry(2, 1, 8, 1.0, 16, "float32")
     return (
-        DecodeGraphs(device, model, {"full": Kernel(device, geometry)}, max_rows=max_rows, max_blocks=9),
+        StepGraphs(device, model, {"full": Kernel(device, geometry)}, max_rows=max_rows, max_blocks=9),
         device,
         model,
     )
