@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
     from xllm_core.plugins.contracts.doctor import Finding
-    from xllm_core.plugins.contracts.graphs import Graph, GraphDevice, GraphKernel, NotCapturableError, RaggedGraphKernel
+    from xllm_core.plugins.contracts.graphs import (
+        Graph,
+        GraphDevice,
+        GraphKernel,
+        NotCapturableError,
+        RaggedGraphKernel,
+    )
     from xllm_core.plugins.contracts.kv import (
         Hit,
         KVGeometry,
@@ -260,6 +266,7 @@ __all__ = [
     "Quantization",
     "QuantizationSpec",
     "QuantizedLinearOp",
+    "RaggedGraphKernel",
     "RopeConfig",
     "Rotary",
     "Sampler",

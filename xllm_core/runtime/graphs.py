@@ -24,8 +24,11 @@ from xllm_core.types import StepPlan
 
 log = logging.getLogger("xllm.engine")
 
-RAGGED_BUCKETS = (16, 32, 64, 128)
-"""Tokens of steps that are not steady decoding."""
+RAGGED_BUCKETS = (32, 128)
+"""Tokens of steps that are not steady decoding. Few, for each is recorded in some request's first step."""
+
+_Refill = Callable[[Mapping[str, Any], StepInputs], None]
+_Forward = Callable[[int, Mapping[str, Any]], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -158,10 +161,6 @@ class StepGraphs:
 
     def _forward(self, bucket: int, plans: Mapping[str, Any]) -> torch.Tensor:
         return self._model.head(self._layers(bucket, plans))
-
-
-_Refill = Callable[[Mapping[str, Any], StepInputs], None]
-_Forward = Callable[[int, Mapping[str, Any]], torch.Tensor]
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:

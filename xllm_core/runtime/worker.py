@@ -14,7 +14,7 @@ from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel
 from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
 from xllm_core.plugins.contracts.model import Model
 from xllm_core.plugins.contracts.sampling import LogitsProcessor, Sampler
-from xllm_core.runtime.graphs import StepGraphs, GraphStats
+from xllm_core.runtime.graphs import GraphStats, StepGraphs
 from xllm_core.runtime.inputs import InputBuffers
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
