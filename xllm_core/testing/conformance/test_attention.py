@@ -217,7 +217,7 @@ def test_ragged_capture_equals_eager(case: Case, xllm_kit: Kit) -> None:
     room, size = 24, case.block_size
     plan = kernel.graph_plan(room, 64)
     for seed, rows in enumerate(
-        ([(24, 24)], [(1, 7), (16, 3 * size), (1, 1)], [(1, 5), (1, size + 1)], [(5, 2 * size + 5), (19, 19)])
+        ([(24, 24)], [(1, 7), (16, 16 + 3 * size), (1, 1)], [(1, 5), (1, size + 1)], [(5, 2 * size + 5), (19, 19)])
     ):
         batch = make_batch(geometry, rows, seed=seed)
         kernel.refill_ragged(plan, batch.layout())
