@@ -14,7 +14,7 @@ from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel, NotCapt
 from xllm_core.plugins.contracts.model import ForwardContext
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.runtime.graphs import DecodeGraphs, buckets, why_no_graphs
+from xllm_core.runtime.graphs import RAGGED_BUCKETS, StepGraphs, buckets, why_no_graphs
 from xllm_core.runtime.inputs import StepInputs
 from xllm_core.types import StepPlan
 
@@ -62,6 +62,13 @@ class Kernel(ReferenceAttention):
         plan["lens"] = batch.kv_lens.clone()
 
 
+class RaggedKernel(Kernel):
+    """The same for rows of any length: each token of a row is told its row's length."""
+
+    def refill_ragged(self, plan: dict[str, Any], batch: BatchLayout) -> None:
+        plan["lens"] = batch.kv_lens.repeat_interleave(batch.query_starts.diff())
+
+
 class Model:
     """Scores that tell token, position and slot of each row, and the lengths that the kernel was told."""
 
@@ -83,11 +90,11 @@ class Model:
         return hidden.expand(-1, VOCAB)
 
 
-def make(max_rows: int = 20) -> tuple[DecodeGraphs, Device, Model]:
+def make(max_rows: int = 20, kernel: type[Kernel] = Kernel) -> tuple[StepGraphs, Device, Model]:
     device, model = Device(), Model()
     geometry = AttentionGeometry(2, 1, 8, 1.0, 16, "float32")
     return (
-        DecodeGraphs(device, model, {"full": Kernel(device, geometry)}, max_rows=max_rows, max_blocks=9),
+        StepGraphs(device, model, {"full": kernel(device, geometry)}, max_rows=max_rows, max_blocks=9),
         device,
         model,
     )
@@ -101,6 +108,17 @@ def inputs(*token_ids: int) -> StepInputs:
     layout = BatchLayout(ones, lens, starts, torch.zeros(count, 1, dtype=torch.int32))
     places = torch.arange(count)
     return StepInputs(torch.tensor(token_ids), 10 + places, {"full": 50 + places}, {"full": layout}, starts.numpy())
+
+
+def ragged(*lengths: int) -> StepInputs:
+    """A step of rows of several tokens; flat token i is token i of the vocabulary, at position 10 + i and slot 50 + i."""
+    count = sum(lengths)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    starts[1:] = lens.cumsum(0)
+    layout = BatchLayout(lens, 20 + lens, starts, torch.zeros(len(lengths), 3, dtype=torch.int32))
+    places = torch.arange(count)
+    return StepInputs(places, 10 + places, {"full": 50 + places}, {"full": layout}, starts.numpy())
 
 
 def test_buckets() -> None:
@@ -146,6 +164,38 @@ def test_what_is_no_decode_step(change: dict[str, Any]) -> None:
     for name, value in change.items():
         setattr(plan, name, value)
     assert not graphs.covers(plan) and graphs.stats.num_eager == 0
+
+
+def test_a_small_ragged_step_is_replayed_up_to_the_head() -> None:
+    """What comes back is the last layer's; padding stores nothing, and decode steps keep graphs of their own."""
+    graphs, device, model = make(kernel=RaggedKernel)
+    for lengths in ((16,), (1, 5, 2), (32,)):
+        hidden = graphs.hidden(ragged(*lengths))
+        assert hidden is not None
+        told = [20 + length for length in lengths for _ in range(length)]
+        assert hidden[:, 0].tolist() == [i + 100 * told[i] for i in range(sum(lengths))]
+    assert len(device.graphs) == 1 and device.graphs[0].asked == [8, 32]
+    assert model.seen[1] == (
+        [*range(8), *[0] * 24], [*range(10, 18), *[0] * 24], [*range(50, 58), *[-1] * 24]
+    )  # fmt: skip
+    logits = graphs.logits(inputs(7, 8))
+    assert logits is not None and logits.shape == (2, VOCAB) and len(device.graphs) == 2
+    assert graphs.hidden(ragged(33)) is not None and len(device.graphs) == 3
+    assert (graphs.stats.num_captures, graphs.stats.num_replays, graphs.stats.padded_rows) == (3, 2, 24)
+
+
+def test_which_ragged_steps() -> None:
+    """Small ones without scores of the prompt, and only where the kernel takes rows of any length."""
+    plan = StepPlan(1, slots=[4, 2], num_tokens=20, sample_rows=[1])
+    graphs, device, _ = make(kernel=RaggedKernel)
+    plain, _, _ = make()
+    assert graphs.covers_ragged(plan) and not graphs.covers(plan) and not plain.covers_ragged(plan)
+    for name, value in {"num_tokens": RAGGED_BUCKETS[-1] + 1, "prompt_logprobs": [(0, 1)]}.items():
+        other = StepPlan(1, slots=[4, 2], num_tokens=20, sample_rows=[1])
+        setattr(other, name, value)
+        assert not graphs.covers_ragged(other)
+    device.refuses = "aten.topk is no op of this device"
+    assert graphs.hidden(ragged(5)) is None and not graphs.covers_ragged(plan)
 
 
 def test_a_forward_that_cannot_be_recorded(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,7 @@ from xllm_core.kv.manager import KVManager
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
 from xllm_core.reference.ops import BlockCopy, KvWrite
-from xllm_core.runtime.graphs import DecodeGraphs
+from xllm_core.runtime.graphs import StepGraphs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.sampling_state import SamplingState
 from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
@@ -280,16 +280,16 @@ def let_the_reference_record(patch: pytest.MonkeyPatch) -> None:
 
 def replays_store_where_the_first_step_did(patch: pytest.MonkeyPatch) -> None:
     """A graph whose slots stay those that it was recorded with."""
-    load = DecodeGraphs._load
+    load = StepGraphs._load
 
-    def wrong(self: DecodeGraphs, inputs: Any, num_rows: int, bucket: int) -> None:
+    def wrong(self: StepGraphs, inputs: Any, num_rows: int, bucket: int) -> None:
         before = {group: slots.clone() for group, slots in self._kv_slots.items()}
         load(self, inputs, num_rows, bucket)
         if bucket in self._recorded:
             for group, slots in self._kv_slots.items():
                 slots.copy_(before[group])
 
-    patch.setattr(DecodeGraphs, "_load", wrong)
+    patch.setattr(StepGraphs, "_load", wrong)
 
 
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from xllm_core.config import Settings
 from xllm_core.engine import messages
 from xllm_core.engine.engine import Engine
+from xllm_core.engine.gathering import patience_s
 from xllm_core.engine.info import EngineInfo, engine_info
 from xllm_core.engine.messages import Frames, FromEngine, ToEngine, encode, to_engine
 from xllm_core.engine.scheduler import SchedulerEvents
@@ -48,10 +49,6 @@ _READ_BYTES = 1 << 18
 _SETTLE_S = 0.002  # how often an idle engine looks after KV transfers that are still under way
 _STORE_STATS_S = 1.0  # how often a KV store is asked what it has counted
 _LOADING_EVERY_S = 0.2
-_GATHER_SHARE = (
-    0.05  # of a step: what an idle engine waits for further requests, so that those that come together run together
-)
-_MAX_GATHER_S = 0.02
 
 
 class Channel:
@@ -98,7 +95,6 @@ class EngineLoop:
         self._base_preemptions = engine.scheduler.stats.num_preemptions
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
-        self._last_step_s = 0.0
         self._is_tidy = False
         engine.scheduler.events = SchedulerEvents()
 
@@ -121,8 +117,8 @@ class EngineLoop:
                 self._tell_stats()
 
     def _gather(self) -> None:
-        """Take what else arrives in a small part of a step's time: started alone, the first of many requests costs the others a step."""
-        deadline_s = time.monotonic() + min(_MAX_GATHER_S, _GATHER_SHARE * self._last_step_s)
+        """Take what else arrives while it is worth waiting for."""
+        deadline_s = time.monotonic() + patience_s(self._engine)
         while not self._is_stopping and (left_s := deadline_s - time.monotonic()) > 0:
             for message in self._channel.receive(left_s):
                 self._take(message)
@@ -154,10 +150,7 @@ class EngineLoop:
             self._is_stopping = True
 
     def _step(self) -> None:
-        started_s = time.monotonic()
         outputs = self._engine.step()
-        if outputs:  # the last steps of a batch have nothing to do
-            self._last_step_s = time.monotonic() - started_s
         events, stats = self._engine.scheduler.events, self._stats()
         assert events is not None
         if outputs or events.admitted or events.preempted or stats != self._told:

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
     from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, MemoryInfo
     from xllm_core.plugins.contracts.doctor import Finding
-    from xllm_core.plugins.contracts.graphs import Graph, GraphDevice, GraphKernel, NotCapturableError
+    from xllm_core.plugins.contracts.graphs import (
+        Graph,
+        GraphDevice,
+        GraphKernel,
+        NotCapturableError,
+        RaggedGraphKernel,
+    )
     from xllm_core.plugins.contracts.kv import (
         Hit,
         KVGeometry,
@@ -109,7 +115,7 @@ _CONTRACTS = {
         "MemoryInfo",
     ),
     "doctor": ("Finding",),
-    "graphs": ("Graph", "GraphDevice", "GraphKernel", "NotCapturableError"),
+    "graphs": ("Graph", "GraphDevice", "GraphKernel", "NotCapturableError", "RaggedGraphKernel"),
     "kv": (
         "Hit",
         "KVGeometry",
@@ -266,6 +272,7 @@ __all__ = [
     "Quantization",
     "QuantizationSpec",
     "QuantizedLinearOp",
+    "RaggedGraphKernel",
     "RopeConfig",
     "Rotary",
     "Sampler",

@@ -1,14 +1,15 @@
-"""Decode steps from recorded graphs: when one is recorded, when it is replayed, and what counts as its work.
+"""Steps from recorded graphs: when one is recorded, when it is replayed, and what counts as its work.
 
-A step is replayed where every row is one token whose logits are sampled: all of steady decoding. Graphs are kept by bucket, the most rows they
-serve, and recorded when a bucket is first needed. Their inputs lie in tensors that stay where they are; a step copies its own into them.
-Source of the buckets: xLLM's adaptive graph mode, arXiv:2510.14686.
+A step is replayed whole where every row is one token whose logits are sampled: all of steady decoding. Where kernels take rows of any length, other
+small steps are replayed up to the head: the end of a prompt whose prefix is known, short prompts, decoding beside them. In a long step the calls
+cost little beside the work. Graphs are kept by bucket, the most tokens they serve, and recorded when a bucket is first needed. Their inputs lie in
+tensors that stay where they are; a step copies its own into them. Source of the buckets: xLLM's adaptive graph mode, arXiv:2510.14686.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,23 @@ import torch
 
 from xllm_core.plugins.contracts.attention import AttentionKernel
 from xllm_core.plugins.contracts.device import DeviceBackend
-from xllm_core.plugins.contracts.graphs import Graph, GraphDevice, GraphKernel, NotCapturableError
+from xllm_core.plugins.contracts.graphs import Graph, GraphDevice, GraphKernel, NotCapturableError, RaggedGraphKernel
 from xllm_core.plugins.contracts.model import ForwardContext, Model
 from xllm_core.runtime.inputs import StepInputs
 from xllm_core.types import StepPlan
 
 log = logging.getLogger("xllm.engine")
 
+RAGGED_BUCKETS = (32, 128)
+"""Tokens of steps that are not steady decoding. Few, for each is recorded in some request's first step."""
+
+_Refill = Callable[[Mapping[str, Any], StepInputs], None]
+_Forward = Callable[[int, Mapping[str, Any]], torch.Tensor]
+
 
 @dataclass(slots=True)
 class GraphStats:
-    """Counted since the start. num_eager: decode steps that no graph could serve. padded_rows: rows of buckets that replays left empty.
+    """Counted since the start. num_eager: decode steps that no graph could serve. padded_rows: tokens of buckets that replays left empty.
 
     arena_bytes: memory that graphs share, which is what the largest needs. num_ops: calls of the largest graph. why_not: why none is recorded
     any more.
@@ -44,11 +51,11 @@ class GraphStats:
 @dataclass(slots=True)
 class _Recorded:
     graph: Graph
-    logits: torch.Tensor
+    result: torch.Tensor
     plans: Mapping[str, Any]
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Graphs of one model on one device. Owned by the model runner; not thread-safe.
 
     max_rows: most sequences of a step. max_blocks: columns of a block table. kernels: by KV group, each a `GraphKernel`.
@@ -62,7 +69,10 @@ class DecodeGraphs:
         self._buckets = buckets(max_rows)
         self._order = list(range(max_rows))
         self._recorded: dict[int, _Recorded] = {}
-        most = self._buckets[-1]
+        self._recorded_ragged: dict[int, _Recorded] = {}
+        self._ragged = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, RaggedGraphKernel)}
+        self._most_ragged = RAGGED_BUCKETS[-1] if len(self._ragged) == len(kernels) else 0
+        most = max(self._buckets[-1], self._most_ragged)
         self._token_ids = device.allocate((most,), torch.int64)
         self._positions = device.allocate((most,), torch.int64)
         self._kv_slots = {group: device.allocate((most,), torch.int64) for group in kernels}
@@ -77,20 +87,36 @@ class DecodeGraphs:
             self.stats.num_eager += 1
         return is_decode and not self.stats.why_not
 
+    def covers_ragged(self, plan: StepPlan) -> bool:
+        """Whether the layers of a plan that `covers` says no to can be had from a graph."""
+        return 0 < plan.num_tokens <= self._most_ragged and not plan.prompt_logprobs and not self.stats.why_not
+
     def logits(self, inputs: StepInputs) -> torch.Tensor | None:
         """[R, V] float32 of a step that is covered, until the next one; None where the forward turns out not to be capturable."""
-        num_rows = len(inputs.token_ids)
-        bucket = next(size for size in self._buckets if size >= num_rows)
-        self._load(inputs, num_rows, bucket)
-        recorded = self._recorded.get(bucket)
-        if recorded is None:
-            recorded = self._record(inputs, bucket)
-            return None if recorded is None else recorded.logits[:num_rows]
-        self._refill(recorded.plans, inputs)
-        recorded.graph.replay(num_rows)
+        return self._run(inputs, self._buckets, self._recorded, self._refill, self._forward)
+
+    def hidden(self, inputs: StepInputs) -> torch.Tensor | None:
+        """[T, H] after the last layer of a step that `covers_ragged`, else as `logits`."""
+        return self._run(inputs, RAGGED_BUCKETS, self._recorded_ragged, self._refill_ragged, self._layers)
+
+    def _run(
+        self, inputs: StepInputs, sizes: Sequence[int], recorded: dict[int, _Recorded], refill: _Refill, forward: _Forward
+    ) -> torch.Tensor | None:  # fmt: skip
+        num_tokens = len(inputs.token_ids)
+        bucket = next(size for size in sizes if size >= num_tokens)
+        self._load(inputs, num_tokens, bucket)
+        found = recorded.get(bucket)
+        if found is None:
+            found = self._record(inputs, bucket, refill, forward)
+            if found is None:
+                return None
+            recorded[bucket] = found
+            return found.result[:num_tokens]
+        refill(found.plans, inputs)
+        found.graph.replay(num_tokens)
         self.stats.num_replays += 1
-        self.stats.padded_rows += bucket - num_rows
-        return recorded.logits[:num_rows]
+        self.stats.padded_rows += bucket - num_tokens
+        return found.result[:num_tokens]
 
     def _load(self, inputs: StepInputs, num_rows: int, bucket: int) -> None:
         self._token_ids[:num_rows] = inputs.token_ids
@@ -105,30 +131,36 @@ class DecodeGraphs:
         for group, kernel in self._kernels.items():
             kernel.refill(plans[group], inputs.layouts[group])
 
-    def _record(self, inputs: StepInputs, bucket: int) -> _Recorded | None:
+    def _refill_ragged(self, plans: Mapping[str, Any], inputs: StepInputs) -> None:
+        for group, kernel in self._ragged.items():
+            kernel.refill_ragged(plans[group], inputs.layouts[group])
+
+    def _record(self, inputs: StepInputs, bucket: int, refill: _Refill, forward: _Forward) -> _Recorded | None:
         plans = {group: kernel.graph_plan(bucket, self._max_blocks) for group, kernel in self._kernels.items()}
-        self._refill(plans, inputs)
+        refill(plans, inputs)
         try:
-            graph, logits = self._device.capture(lambda: self._forward(bucket, plans), bucket)
+            graph, result = self._device.capture(lambda: forward(bucket, plans), bucket)
         except NotCapturableError as error:
             self.stats.why_not = str(error)
             self.stats.num_eager += 1
-            log.info("decode steps are not replayed from graphs: %s", error)
+            log.info("steps are not replayed from graphs: %s", error)
             return None
         stats = self.stats
         stats.num_captures += 1
         stats.arena_bytes = max(stats.arena_bytes, graph.arena_bytes)
         stats.num_ops = max(stats.num_ops, graph.num_ops)
-        self._recorded[bucket] = recorded = _Recorded(graph, logits, plans)
-        return recorded
+        return _Recorded(graph, result, plans)
 
-    def _forward(self, bucket: int, plans: Mapping[str, Any]) -> torch.Tensor:
+    def _layers(self, bucket: int, plans: Mapping[str, Any]) -> torch.Tensor:
         slots = {group: all_slots[:bucket] for group, all_slots in self._kv_slots.items()}
         ctx = ForwardContext(self._positions[:bucket], slots, plans)
         hidden = self._model.embed(self._token_ids[:bucket])
         for layer in self._model.layers:
             hidden = layer(hidden, ctx)
-        return self._model.head(hidden)
+        return hidden
+
+    def _forward(self, bucket: int, plans: Mapping[str, Any]) -> torch.Tensor:
+        return self._model.head(self._layers(bucket, plans))
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from xllm_core.plugins.contracts.attention import AttentionKernel
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.model import ForwardContext, Model
 from xllm_core.plugins.contracts.sampling import Sampler
-from xllm_core.runtime.graphs import DecodeGraphs
+from xllm_core.runtime.graphs import StepGraphs
 from xllm_core.runtime.inputs import InputBuffers, StepInputs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.logprobs import score_rows, score_targets
@@ -37,7 +37,7 @@ class ModelRunner:
 
     def __init__(
         self, device: DeviceBackend, model: Model, *, kernels: Mapping[str, AttentionKernel], inputs: InputBuffers, cache: KVCache,
-        sampler: Sampler, sampling: SamplingState, copy_blocks: Callable[..., None], graphs: DecodeGraphs | None = None,
+        sampler: Sampler, sampling: SamplingState, copy_blocks: Callable[..., None], graphs: StepGraphs | None = None,
     ) -> None:  # fmt: skip
         self._device = device
         self._model = model
@@ -60,16 +60,28 @@ class ModelRunner:
         with torch.inference_mode():
             inputs = self._inputs.gather(plan, self._previous)
             prepared_s = time.perf_counter()
-            if self.graphs is not None and self.graphs.covers(plan):
-                num_replays = self.graphs.stats.num_replays
-                handle.logits = self.graphs.logits(inputs)
-                handle.times.is_replayed = self.graphs.stats.num_replays > num_replays
-            if handle.logits is None:
+            if self.graphs is None or not self._replay(handle, inputs, self.graphs):
                 prepared_s = self._compute(handle, inputs)
         handle.times.prepare_s = prepared_s - started_s
         handle.times.forward_ended_s = time.perf_counter()
         handle.times.forward_s = handle.times.forward_ended_s - prepared_s
         return handle
+
+    def _replay(self, handle: RunnerHandle, inputs: StepInputs, graphs: StepGraphs) -> bool:
+        """The forward from a graph, or while one is recorded. False: not to be had."""
+        plan, num_replays = handle.plan, graphs.stats.num_replays
+        if graphs.covers(plan):
+            handle.logits = graphs.logits(inputs)
+            is_done = handle.logits is not None
+        elif graphs.covers_ragged(plan):
+            hidden = graphs.hidden(inputs)
+            is_done = hidden is not None
+            if hidden is not None and plan.sample_rows:
+                handle.logits = self._logits(plan, inputs, hidden)
+        else:
+            return False
+        handle.times.is_replayed = graphs.stats.num_replays > num_replays
+        return is_done
 
     def _compute(self, handle: RunnerHandle, inputs: StepInputs) -> float:
         """The forward, op by op. Returns when its kernels' plans were made."""

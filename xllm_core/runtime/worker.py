@@ -14,7 +14,7 @@ from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel
 from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
 from xllm_core.plugins.contracts.model import Model
 from xllm_core.plugins.contracts.sampling import LogitsProcessor, Sampler
-from xllm_core.runtime.graphs import DecodeGraphs, GraphStats
+from xllm_core.runtime.graphs import GraphStats, StepGraphs
 from xllm_core.runtime.inputs import InputBuffers
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
@@ -64,7 +64,7 @@ class Worker:
         sampling = SamplingState(parts.device, parts.processors, num_slots=num_slots)
         graphs = None
         if parts.has_graphs:
-            graphs = DecodeGraphs(
+            graphs = StepGraphs(
                 cast(GraphDevice, parts.device), parts.model, cast(Mapping[str, GraphKernel], parts.kernels), max_rows=num_slots,
                 max_blocks=inputs.max_blocks,
             )  # fmt: skip

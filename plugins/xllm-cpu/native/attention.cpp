@@ -123,8 +123,7 @@ template <class E> struct Worker {
 
   int64_t bytes_of_all() const { return num_kv_heads * head_size * static_cast<int64_t>(sizeof(T)); }
 
-  // Read every line of a chunk of all heads once, in the order of memory: the processor then reads ahead. Packing takes the heads one by one and
-  // would wait for each line.
+  // Read every line of a chunk of the task's heads once, in the order of memory: the processor then reads ahead. Packing would wait for each line.
   void touch(int start, int from, int to) const {
     for (const void* cache : {call.k, call.v})
       each_slot(row, kv_head, start, from, to, [&](int, int64_t offset) {
@@ -134,14 +133,13 @@ template <class E> struct Worker {
   }
 
 #if defined(__AVX512F__)
-  // The next chunk of all heads is asked for a position at a time, between tiles of this one: by the hundred, prefetches would be dropped.
-  // Behind the last one comes the first of the task that follows, if it is one of all heads as well.
+  // The next chunk of the task's heads is asked for a position at a time, between tiles of this one: by the hundred, prefetches would be dropped.
+  // Behind the last one comes the first of the task that follows, if both are of all heads.
   void look_ahead(int start) {
     num_ahead = next_ahead = 0;
-    if (num_kv_heads == 1) return;
     const auto add = [&](int, int64_t offset) { ahead[num_ahead++] = offset; };
     if (start <= last()) each_slot(row, kv_head, start, begin_of(0), last() + 1, add);
-    else if (following != nullptr && following[1] == ALL && call.window == 0) each_slot(following[0], 0, 0, 0, call.kv_lens[following[0]], add);
+    else if (num_kv_heads > 1 && following != nullptr && following[1] == ALL && call.window == 0) each_slot(following[0], 0, 0, 0, call.kv_lens[following[0]], add);
     is_ahead = num_ahead > 0;
   }
   void fetch_ahead() {
@@ -245,7 +243,7 @@ template <class E> struct Worker {
     part.reset(num_queries, width);
     const int begin = std::max(split * SPLIT, begin_of(0) / CHUNK * CHUNK), end = std::min((split + 1) * SPLIT, last() + 1);
     for (int start = begin; start < end; start += CHUNK) {
-      if (num_kv_heads > 1 && !is_ahead) touch(start, begin_of(0), end);
+      if (!is_ahead) touch(start, begin_of(0), end);
       look_ahead(start + CHUNK);  // beyond the split as well
       Found found;
       find(start, begin_of(0), end, found);
@@ -319,7 +317,10 @@ template <class E> struct Worker {
       multiply<E, MR>(queries.data() + query * q_width, q_width, keys.data() + panel * (key_steps * NR * E::P), key_steps, c);
       for (int i = 0; i < MR; i++) store(scores.data() + i * CHUNK + panel * NR, c[i][0]), store(scores.data() + i * CHUNK + panel * NR + W, c[i][1]);
     }
-    for (int i = 0; i < MR; i++) soften(query + i, scores.data() + i * CHUNK, weights.data() + i * CHUNK, start);
+    for (int i = 0; i < MR; i++) {
+      fetch_ahead();
+      soften(query + i, scores.data() + i * CHUNK, weights.data() + i * CHUNK, start);
+    }
     for (int64_t panel = 0; panel < value_panels; panel++) {
       F c[MR][2];
       float* value = part.value.data() + query * width + panel * NR;

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from xllm_cpu.device import CpuDevice
 from xllm_cpu.ops import AddRmsNorm, Embedding, Linear, LmHead, RmsNorm
 
 from xllm_core.config import Settings
-from xllm_core.engine.build import build_engine
+from xllm_core.engine.build import BuiltEngine, build_engine
 from xllm_core.plugins import AttentionGeometry, BatchLayout, NotCapturableError
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.resolve import assemble
+from xllm_core.runtime.graphs import RAGGED_BUCKETS
 from xllm_core.testing.driving import drive
 from xllm_core.testing.tiny import tiny_config, write_tiny
 from xllm_core.types import EngineRequest, SamplingParams
@@ -126,9 +128,20 @@ def test_a_step_that_does_not_fit_a_plan(device: CpuDevice) -> None:
         return BatchLayout(lens, lens.clone(), starts, torch.zeros(rows, blocks, dtype=torch.int32))
 
     kernel.refill(plan, layout(2, 3))
-    for bad in (layout(3, 1), layout(1, 4), layout(2, 1, tokens=2)):
+    for bad in (layout(3, 1), layout(1, 4), layout(2, 1, tokens=2), layout(1, 1, tokens=2)):
         with pytest.raises(ValueError, match="do not fit a graph of 2 rows"):
             kernel.refill(plan, bad)
+    kernel.refill_ragged(plan, layout(1, 1, tokens=2))
+    for bad in (layout(3, 1), layout(1, 4), layout(1, 1, tokens=3), layout(2, 1, tokens=2)):
+        with pytest.raises(ValueError, match="do not fit a graph of 2 rows"):
+            kernel.refill_ragged(plan, bad)
+
+
+def built(model: str, *, graphs: bool, **flat: Any) -> BuiltEngine:
+    """An engine on this device that makes one step after the other."""
+    flat = {"device": "cpu/cpu", "num_blocks": 64, "max_num_seqs": 8, "overlap": False, "graphs": graphs, **flat}
+    settings = Settings.from_flags(path=model, **flat)
+    return build_engine(assemble(settings, PluginManager.discover(settings).load()), settings)
 
 
 def test_an_engine_replays_and_counts(tmp_path: Path) -> None:
@@ -140,20 +153,54 @@ def test_an_engine_replays_and_counts(tmp_path: Path) -> None:
     ]
     said = {}
     for graphs in (True, False):
-        flat = {"device": "cpu/cpu", "num_blocks": 64, "max_num_seqs": 8, "overlap": False, "graphs": graphs}
-        settings = Settings.from_flags(path=model, **flat)
-        built = build_engine(assemble(settings, PluginManager.discover(settings).load()), settings)
+        one = built(model, graphs=graphs)
         try:
-            said[graphs] = drive(built.engine, requests)
-            stats = built.worker.graph_stats()
+            said[graphs] = drive(one.engine, requests)
+            stats = one.worker.graph_stats()
             if not graphs:
-                assert stats is None and built.engine.num_replays == 0
+                assert stats is None and one.engine.num_replays == 0
                 continue
-            assert stats is not None and not stats.why_not and stats.num_captures == 4  # 8, 4, 2 and 1 rows
-            assert stats.num_replays == built.engine.num_replays == 17 - 4 and stats.num_eager == 0
+            assert (
+                stats is not None and not stats.why_not and stats.num_captures == 5
+            )  # the prompts; 8, 4, 2 and 1 rows
+            assert stats.num_replays == one.engine.num_replays == 17 - 4 and stats.num_eager == 0
             assert stats.padded_rows > 0 and stats.num_ops > 15 and stats.arena_bytes > 0
         finally:
-            built.engine.close()
+            one.engine.close()
+    assert said[True] == said[False]
+
+
+@pytest.mark.parametrize("max_chunk_tokens", [0, 7])
+def test_an_engine_replays_the_ends_of_prompts(tmp_path: Path, max_chunk_tokens: int) -> None:
+    """Behind a known prefix, in chunks that nothing is sampled of, and beside rows that decode: the tokens are those of a prompt computed at once."""
+    model = str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "tiny"))
+    prefix = tuple(5 + i % 40 for i in range(230))
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    waves = [[EngineRequest("long", prefix, params, seed=1)]]
+    waves += [
+        [
+            EngineRequest(f"{wave}-{i}", (*prefix[: 150 + 16 * i], *range(20 + i, 31 + 9 * i + wave)), params, seed=i)
+            for i in range(3)
+        ]
+        for wave in range(5)
+    ]
+    said: dict[bool, list[Any]] = {True: [], False: []}
+    for graphs in (True, False):
+        one = built(
+            model, graphs=graphs, max_chunk_tokens=max_chunk_tokens if graphs else 0, enable_prefix_cache=graphs
+        )
+        try:
+            said[graphs] = [drive(one.engine, wave) for wave in waves]
+            if graphs:
+                ragged = [
+                    r.is_replayed
+                    for r in one.engine.step_log.records
+                    if r.num_rows < r.num_tokens <= RAGGED_BUCKETS[-1]
+                ]
+                assert ragged.count(False) <= len(RAGGED_BUCKETS), "more ragged steps ran op by op than were recorded"
+                assert sum(ragged) >= 2, f"{sum(ragged)} ragged steps were replayed"
+        finally:
+            one.engine.close()
     assert said[True] == said[False]
 
 

@@ -1,9 +1,10 @@
-"""Replaying forwards: what a device and its kernels offer so that a decode step costs one call instead of hundreds.
+"""Replaying forwards: what a device and its kernels offer so that a small step costs one call instead of hundreds.
 
 A device that has `capture` is a `GraphDevice`, an attention kernel that has `graph_plan` and `refill` a `GraphKernel`. Where one of them is not,
 or a model does what cannot be recorded, steps run as they always did.
-What is recorded is a step of up to so many rows of one token each; tensors made meanwhile belong to the graph and keep their places. The
-state machine that decides when to record and when to replay is the core's (`runtime.graphs`).
+What is recorded is a step of up to so many rows of one token each, or so many tokens in all where the kernel has `refill_ragged`; tensors made
+meanwhile belong to the graph and keep their places. The state machine that decides when to record and when to replay is the core's
+(`runtime.graphs`).
 """
 
 from __future__ import annotations
@@ -59,3 +60,11 @@ class GraphKernel(AttentionKernel, Protocol):
 
     def refill(self, plan: Any, batch: BatchLayout) -> None:
         """Lay out a step in a plan of `graph_plan`, where it is. Rows of the plan behind those of the batch are padding."""
+
+
+@runtime_checkable
+class RaggedGraphKernel(GraphKernel, Protocol):
+    """A `GraphKernel` whose plans take rows of any length as well: prompts, and decoding beside them."""
+
+    def refill_ragged(self, plan: Any, batch: BatchLayout) -> None:
+        """As `refill`, for up to `max_rows` new tokens in all, however many each row has."""

@@ -202,6 +202,30 @@ def test_capture_equals_eager(case: Case, xllm_kit: Kit) -> None:
         ), f"{count} rows in a plan of {len(lengths)}"
 
 
+def test_ragged_capture_equals_eager(case: Case, xllm_kit: Kit) -> None:
+    """The same where rows of a plan that stays in place have several new tokens, or some one and some many."""
+    import torch
+
+    from xllm_core.plugins.contracts.graphs import RaggedGraphKernel
+    from xllm_core.testing.paged import attend, make_batch
+
+    device = ready(xllm_kit, case)
+    geometry = case.geometry(HEADS[1])
+    kernel = case.part.build(device, geometry)
+    if not isinstance(kernel, RaggedGraphKernel):
+        pytest.skip(f"{case.part.offer.name} has no plans for rows of any length that stay in place")
+    room, size = 24, case.block_size
+    plan = kernel.graph_plan(room, 64)
+    for seed, rows in enumerate(
+        ([(24, 24)], [(1, 7), (16, 16 + 3 * size), (1, 1)], [(1, 5), (1, size + 1)], [(5, 2 * size + 5), (19, 19)])
+    ):
+        batch = make_batch(geometry, rows, seed=seed)
+        kernel.refill_ragged(plan, batch.layout())
+        assert torch.equal(attend(kernel, device, batch, plan=plan, room=room), attend(kernel, device, batch)), (
+            f"rows of {rows} tokens (new, all) in a plan of {room}"
+        )
+
+
 def test_features_without_proof(part: Part, feature: str) -> None:
     """A declared feature that the core asks for is proven."""
     pytest.skip(f"the core asks no kernel for {feature!r} yet, so declaring it proves nothing")

@@ -23,7 +23,7 @@ class Plan:
 
 
 class PagedAttention:
-    """A `GraphKernel` for layout BSGD."""
+    """A `RaggedGraphKernel` for layout BSGD."""
 
     def __init__(self, device: CpuDevice, geometry: AttentionGeometry) -> None:
         self._native, self._geometry = device.native, geometry
@@ -41,25 +41,36 @@ class PagedAttention:
         return plan
 
     def graph_plan(self, max_rows: int, max_blocks: int) -> Plan:
-        """A plan of up to `max_rows` single tokens, to be filled by `refill`."""
+        """A plan of up to `max_rows` tokens, to be filled by `refill`."""
         shapes = ((max_rows + 1,), (max_rows,), (max_rows, max_blocks), (max_rows * self._geometry.num_kv_heads, 3))
         kept = tuple(torch.zeros(shape, dtype=torch.int32) for shape in shapes)
         return Plan(self._step(*kept), kept, max_rows, -1)
 
     def refill(self, plan: Plan, batch: BatchLayout) -> None:
-        """In place; the batch must fit."""
+        """In place; the batch must fit, with one token a row."""
+        if int(batch.query_starts[-1]) != len(batch.kv_lens):
+            raise self._unfit(plan, batch)
+        self.refill_ragged(plan, batch)
+
+    def refill_ragged(self, plan: Plan, batch: BatchLayout) -> None:
+        """In place; the tokens of the batch must fit."""
         starts, kv_lens, tables, _ = plan.kept
         num_rows, width = batch.block_tables.shape
         self._check(batch.query_starts, batch.kv_lens, batch.block_tables)
-        if num_rows > len(kv_lens) or width > tables.shape[1] or int(batch.query_starts[-1]) != num_rows:
-            raise ValueError(
-                f"{num_rows} rows with {int(batch.query_starts[-1])} tokens and {width} blocks do not fit a graph of {len(kv_lens)} rows"
-                f" of one token and {tables.shape[1]} blocks"
-            )
+        if num_rows > len(kv_lens) or width > tables.shape[1] or int(batch.query_starts[-1]) > len(kv_lens):
+            raise self._unfit(plan, batch)
         starts[: num_rows + 1] = batch.query_starts
         kv_lens[:num_rows] = batch.kv_lens
         tables[:num_rows, :width] = batch.block_tables
         self._lay_out(plan, num_rows, batch.block_tables)
+
+    def _unfit(self, plan: Plan, batch: BatchLayout) -> ValueError:
+        num_rows, width = batch.block_tables.shape
+        _, kv_lens, tables, _ = plan.kept
+        return ValueError(
+            f"{num_rows} rows with {int(batch.query_starts[-1])} tokens and {width} blocks do not fit a graph of {len(kv_lens)} rows"
+            f" of one token and {tables.shape[1]} blocks"
+        )
 
     def _check(self, starts: torch.Tensor, kv_lens: torch.Tensor, tables: torch.Tensor) -> None:
         num_rows = len(kv_lens)
