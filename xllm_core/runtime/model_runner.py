@@ -77,7 +77,8 @@ class ModelRunner:
             hidden = graphs.hidden(inputs)
             is_done = hidden is not None
             if hidden is not None and plan.sample_rows:
-                handle.logits = self._logits(plan, inputs, hidden)
+                last, repeat = self._sampled(plan, inputs)
+                handle.logits = self._logits(hidden[last], repeat)
         else:
             return False
         handle.times.is_replayed = graphs.stats.num_replays > num_replays
@@ -89,16 +90,15 @@ class ModelRunner:
         plans = {name: kernel.plan(inputs.layouts[name]) for name, kernel in self._kernels}
         prepared_s = time.perf_counter()
         hidden = self._model.embed(inputs.token_ids)
-        rows, repeat = np.unique(np.array(plan.sample_rows, dtype=np.int64), return_inverse=True)
-        last = self._device.to_device(torch.from_numpy(inputs.row_starts[1:][rows].astype(np.int64) - 1))
+        last, repeat = self._sampled(plan, inputs)
         ctx = ForwardContext(inputs.positions, inputs.kv_slots, plans)
         for layer in self._model.layers[:-1]:
             hidden = layer(hidden, ctx)
-        if 0 < len(rows) < plan.num_tokens and not plan.prompt_logprobs:
+        if 0 < len(last) < plan.num_tokens and not plan.prompt_logprobs:
             ctx = replace(ctx, wanted=last)
         hidden = self._model.layers[-1](hidden, ctx)
         if plan.sample_rows:
-            handle.logits = self._logits(hidden if len(hidden) == len(rows) else hidden[last], repeat)
+            handle.logits = self._logits(hidden if len(hidden) == len(last) else hidden[last], repeat)
         if plan.prompt_logprobs:
             handle.hidden, handle.inputs = hidden, inputs
         return prepared_s
@@ -146,6 +146,11 @@ class ModelRunner:
             at = end
         if plan.kv.table_writes:
             self._inputs.write_tables(plan.kv.table_writes)
+
+    def _sampled(self, plan: StepPlan, inputs: StepInputs) -> tuple[torch.Tensor, np.ndarray]:
+        """([R] last token of every row that is sampled, [S] which of them each sample is of)."""
+        rows, repeat = np.unique(np.array(plan.sample_rows, dtype=np.int64), return_inverse=True)
+        return self._device.to_device(torch.from_numpy(inputs.row_starts[1:][rows].astype(np.int64) - 1)), repeat
 
     def _logits(self, hidden: torch.Tensor, repeat: np.ndarray) -> torch.Tensor:
         """[S, V] float32 of [R, H]. A row sampled for several slots goes through the head once and is repeated."""
