@@ -50,7 +50,7 @@ def run_round(processor: Processor, load: Load, *, name: str = "round", show: bo
     """Submit everything at once and run it to its end."""
     engine = processor.client
     step_log = engine_of(processor).step_log
-    chance = random.Random(load.seed)
+    chance = random.Random(f"prompts {load.seed}")  # of the number itself -1 and 1 would be one seed
     vocab = engine.info().vocab_size
     params = SamplingParams(max_tokens=load.output_len, temperature=load.temperature, ignore_eos=True)
     shared = random.Random(f"prefix {load.prefix_seed}")

@@ -197,7 +197,7 @@ class EngineProcess(asyncio.Protocol):
         before = self.stats
         for body in self._frames.feed(data):
             self._take(from_engine.decode(body))
-        if self._outputs or self.admitted or self.preempted or self.refused or self.stats != before:
+        if self._outputs or self.admitted or self.preempted or self.refused or self.stats is not before:
             self._on_output()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -246,7 +246,12 @@ class EventStream(Response):
         answer = self._answer
         if not (self._is_waiting and self._has_begun) or self._is_silent or self._unsent or answer.error is not None:
             return False
-        if answer.is_finished or any(group.error is not None for group in answer.outputs):
+        is_finished = True
+        for group in answer.outputs:
+            if group.error is not None:
+                return False
+            is_finished = is_finished and group.finished
+        if is_finished:
             return False
         try:
             pieces = b"".join(self._chunks.new())
