@@ -88,8 +88,8 @@ template <class E> struct Int8Call {
       const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
       unrolled<MR>([&](auto i) __attribute__((always_inline)) {
         const Bytes a = as_unsigned(bcast(first + i * row_bytes + ROW_HEAD + at));
-        c[i][0] = dot4(c[i][0], a, b0);
-        c[i][1] = dot4(c[i][1], a, b1);
+        accumulate4(c[i][0], a, b0);
+        accumulate4(c[i][1], a, b1);
       });
     }
     const F s0 = load(reinterpret_cast<const float*>(steps)), s1 = load(reinterpret_cast<const float*>(steps) + W);
