@@ -12,7 +12,7 @@ from xllm_core.engine.executor import InProcessExecutor, ThreadExecutor
 from xllm_core.engine.metrics import early_share
 from xllm_core.engine.scheduler import Scheduler
 from xllm_core.errors import EngineDeadError
-from xllm_core.runtime.model_runner import ModelRunner
+from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
 from xllm_core.types import StepPlan
 
 PROMPTS = [[i + 5] * (3 * i + 1) for i in range(9)]
@@ -51,7 +51,7 @@ def test_steps_of_a_real_model_are_planned_early(tiny_model: str, monkeypatch: p
     At least 90 % of the steps start before the forward of the one before has ended. Replays pass by what holds up a forward here, so there are
     none. Red if the engine waits for a result first.
     """
-    schedule, head = Scheduler.schedule, ModelRunner._logits
+    schedule, compute = Scheduler.schedule, ModelRunner._compute
     is_planned, planned = threading.Condition(), [0]
 
     def told(self: Scheduler) -> StepPlan:
@@ -61,13 +61,14 @@ def test_steps_of_a_real_model_are_planned_early(tiny_model: str, monkeypatch: p
             is_planned.notify()
         return plan
 
-    def patient(self: ModelRunner, plan: StepPlan, *arguments: Any) -> Any:
+    def patient(self: ModelRunner, handle: RunnerHandle, *arguments: Any) -> float:
+        prepared_s = compute(self, handle, *arguments)
         with is_planned:
-            is_planned.wait_for(lambda: planned[0] > plan.step + 1, timeout=0.5)
-        return head(self, plan, *arguments)
+            is_planned.wait_for(lambda: planned[0] > handle.plan.step + 1, timeout=0.5)
+        return prepared_s
 
     monkeypatch.setattr(Scheduler, "schedule", told)
-    monkeypatch.setattr(ModelRunner, "_logits", patient)
+    monkeypatch.setattr(ModelRunner, "_compute", patient)
     with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, max_num_seqs=16, overlap=True, graphs=False) as llm:
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
         records = list(engine_of(llm).step_log.records)

@@ -114,11 +114,11 @@ def test_weights_are_in_the_format(model: str) -> None:
     """Every linear map and the head; other weights stay. Killed by: a role that asks for the plain op."""
     assembly = assembled(model, quantization="int8")
     loaded = load_model(assembly, settings(model, quantization="int8"))
-    prepared = [linear._prepared for linear in loaded.parts._linears]
+    prepared = [linear.prepared for linear in loaded.parts._linears]
     assert prepared and {len(weights) for weights in prepared} == {3}
     assert {str(weights[0].dtype) for weights in prepared} == {"torch.int8"}
     plain = load_model(assembled(model), settings(model))
-    assert {len(linear._prepared) for linear in plain.parts._linears} == {2}
+    assert {len(linear.prepared) for linear in plain.parts._linears} == {2}
 
 
 def test_stored_kv_is_told_apart(model: str) -> None:
@@ -190,7 +190,7 @@ def test_a_file_is_served_as_it_is(file: str, caplog: pytest.LogCaptureFixture) 
         loaded = load_model(assembled(file, quantization="gguf"), settings(file, quantization="gguf"))
     said_so = [record.getMessage() for record in caplog.records if "as the file packs them" in record.getMessage()]
     assert said_so == ["core/gguf: 9 of 15 matrices are served as the file packs them, 6 in float32"]
-    held = {linear.weight.name: linear._prepared for linear in loaded.parts._linears}
+    held = {linear.weight.name: linear.prepared for linear in loaded.parts._linears}
     is_packed = {name: prepared[0].dtype == torch.int8 for name, prepared in held.items()}
     for layer in range(2):
         names = {"qkv": True, "o": False, "gate_up": False, "down": True}
