@@ -195,10 +195,10 @@ template <class E, bool IS_4_BIT> struct BlocksCall {
   Product<IS_4_BIT> product;
   Output<E> to;
 
-  template <int MR> void tile(int64_t row, int64_t panel, bool is_last) const {
+  template <int MR> void tile(int64_t row, int64_t panel, int64_t at, int64_t count) const {
     if constexpr (MR > MOST_ROWS) {
-      tile<MR / 2>(row, panel, false);
-      tile<MR - MR / 2>(row + MR / 2, panel, is_last);
+      tile<MR / 2>(row, panel, at, count);
+      tile<MR - MR / 2>(row + MR / 2, panel, at, count);
     } else {
       F c[MR][2];
       product.template tile<MR>(row, panel, c);

@@ -25,7 +25,7 @@ template <class T> using Lines = std::vector<T, LineAllocator<T>>;
 
 constexpr int NR = 2 * W;
 #if defined(__AVX512F__)
-constexpr int MAX_MR = 12;  // 24 accumulators, 2 of B, 1 of A: 27 of 32 registers
+constexpr int MAX_MR = 14;  // 28 accumulators, 2 of B, 1 of A: 31 of 32 registers
 #elif defined(__AVX2__)
 constexpr int MAX_MR = 4;
 #else
@@ -44,44 +44,76 @@ inline F dot2(F c, I a, I b) { return fma(high(a), high(b), fma(low(a), low(b), 
 
 constexpr int FEW_ROWS = 4;  // up to which a product takes less time than its weight takes to come from memory
 
-// Ask for one step of K of packed weights, which lies `ahead` bytes further on. Few rows wait for nothing else: it goes next to the processor. With
-// more the panel at hand lives there, and the next one waits in the second-level cache.
-template <int MR> inline __attribute__((always_inline)) void fetch_step(const void* b, int64_t ahead) {
+// Ask for one step of K of packed weights. Few rows wait for nothing else: it goes next to the processor. With more the panel at hand lives there,
+// and the next one waits in the second-level cache.
+template <int MR> inline __attribute__((always_inline)) void fetch_step(const char* line) {
 #if defined(__AVX512F__)
-  const auto* line = static_cast<const char*>(b) + ahead;
   if (MR <= FEW_ROWS) _mm_prefetch(line, _MM_HINT_T0), _mm_prefetch(line + 64, _MM_HINT_T0);
   else _mm_prefetch(line, _MM_HINT_T1), _mm_prefetch(line + 64, _MM_HINT_T1);
 #else
-  (void)b, (void)ahead;
+  (void)line;
 #endif
 }
 
-// How far ahead to ask: few rows a page; more, in the last tile of a panel, the whole panel. 0 asks for what is there.
-template <int MR> inline int64_t bytes_ahead(int64_t panel_bytes, bool is_last) { return MR <= FEW_ROWS ? 4096 : is_last ? panel_bytes : 0; }
+// Where to ask, for one tile of `count` over a panel. A few rows ask for what they are about to read; more, which come over it tile by tile, for the
+// panel behind it, a part in each tile: asked for in one of them it would want more than memory gives, and nothing from memory in the others.
+struct Ahead {
+  int64_t start, stride;  // bytes from the panel's beginning, and from step to step of K
 
-// c[i] += a[i] * B over `steps` steps of K. FETCHES: B is a weight, read `ahead` bytes ahead of itself.
+  template <int MR> static Ahead of(int64_t panel_bytes, int64_t step_bytes, int64_t tile, int64_t count) {
+    if (MR <= FEW_ROWS) return {4096, step_bytes};
+    return {panel_bytes + panel_bytes * tile / count, (step_bytes + count - 1) / count};
+  }
+};
+
+// Rows of a matrix, MR of them, walked together: a pointer to every fourth. One a row is what a compiler would keep, and they are more than it has.
+template <class T, int MR> class Rows {
+ public:
+  Rows(const T* first, int64_t stride) : one_(stride * static_cast<int64_t>(sizeof(T))), three_(3 * one_) {
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) at_[g] = reinterpret_cast<const char*>(first + 4 * g * stride);
+  }
+  inline __attribute__((always_inline)) const void* operator[](int i) const { return at_[i / 4] + (i % 4 == 3 ? three_ : i % 4 * one_); }
+  inline __attribute__((always_inline)) void advance(int64_t bytes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) {
+      at_[g] += bytes;
+      asm("" : "+r"(at_[g]));
+    }
+  }
+
+ private:
+  static constexpr int GROUPS = (MR + 3) / 4;
+  const char* at_[GROUPS];
+  const int64_t one_, three_;
+};
+
+// c[i] += a[i] * B over `steps` steps of K. FETCHES: B is a weight, and what `ahead` says is asked for.
 template <class E, int MR, bool FETCHES = false>
 inline __attribute__((always_inline)) void multiply(
-    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2], int64_t ahead = 0) {
+    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2], Ahead ahead = {}) {
+  Rows<typename E::T, MR> rows(a, lda);
+  const char* line = reinterpret_cast<const char*>(b) + ahead.start;
   for (int64_t k = 0; k < steps; k++, b += NR * E::P) {
-    if constexpr (FETCHES) fetch_step<MR>(b, ahead);
+    if constexpr (FETCHES) fetch_step<MR>(line), line += ahead.stride;
     if constexpr (E::P == 2) {
       const I b0 = loadi(b), b1 = loadi(b + NR);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < MR; i++) {
-        const I x = bcast(a + i * lda + k * 2);
+        const I x = bcast(rows[i]);
         c[i][0] = dot2(c[i][0], x, b0);
         c[i][1] = dot2(c[i][1], x, b1);
       }
     } else {
       const F b0 = load(b), b1 = load(b + W);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < MR; i++) {
-        const F x = set1(a[i * lda + k]);
+        const F x = set1(*static_cast<const float*>(rows[i]));
         c[i][0] = fma(x, b0, c[i][0]);
         c[i][1] = fma(x, b1, c[i][1]);
       }
     }
+    rows.advance(sizeof(typename E::T) * E::P);
   }
 }
 

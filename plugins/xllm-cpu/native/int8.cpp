@@ -71,8 +71,8 @@ template <class E> struct Int8Call {
   int64_t k, row_bytes;
   Output<E> to;
 
-  template <int MR> void tile(int64_t row, int64_t panel, bool is_last) const {
-    const int64_t ahead = bytes_ahead<MR>(panel_bytes(k), is_last);
+  template <int MR> void tile(int64_t row, int64_t panel, int64_t nth, int64_t count) const {
+    const Ahead ahead = Ahead::of<MR>(panel_bytes(k), NR * P, nth, count);
     const char* first = rows + row * row_bytes;
     const char* head = packed + panel * panel_bytes(k);
     const char* steps = head + NR * sizeof(int32_t);
@@ -83,13 +83,15 @@ template <class E> struct Int8Call {
       const I minus_zero = bcast(first + i * row_bytes + offsetof(RowHead, minus_zero));
       c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
     });
-    for (int64_t at = 0; at < padded(k); at += P, b += NR * P) {
-      fetch_step<MR>(b, ahead);
+    Rows<char, MR> a(first + ROW_HEAD, row_bytes);
+    const char* line = b + ahead.start;
+    for (int64_t at = 0; at < padded(k); at += P, b += NR * P, line += ahead.stride, a.advance(P)) {
+      fetch_step<MR>(line);
       const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
       unrolled<MR>([&](auto i) __attribute__((always_inline)) {
-        const Bytes a = as_unsigned(bcast(first + i * row_bytes + ROW_HEAD + at));
-        accumulate4(c[i][0], a, b0);
-        accumulate4(c[i][1], a, b1);
+        const Bytes x = as_unsigned(bcast(a[i]));
+        accumulate4(c[i][0], x, b0);
+        accumulate4(c[i][1], x, b1);
       });
     }
     const F s0 = load(reinterpret_cast<const float*>(steps)), s1 = load(reinterpret_cast<const float*>(steps) + W);

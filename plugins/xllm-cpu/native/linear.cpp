@@ -2,7 +2,7 @@
 //
 // Limits. Few rows: the bytes of the weight over the bandwidth of memory; each panel is read once and stays in the second-level cache while
 // all tiles of rows pass over it. Many rows: 2 * M * N * K over the peak of the multiply-add; a panel of K = 576 in bfloat16 takes 36 KiB, a
-// tile of 12 rows 13 KiB.
+// tile of 14 rows 16 KiB.
 #include "api.h"
 #include "linear.h"
 #include "pool.h"

@@ -21,13 +21,13 @@ inline int64_t num_panels(int64_t n, bool fuses) { return fuses ? round_up(n / 2
 
 inline F silu(F x) { return div(x, add(set1(1.0f), vexp(sub(zero(), x)))); }
 
-// What multiplies: `tile<MR>(row, panel, is_last)` computes MR rows from `row` on by one panel, the last of this panel or not. Rows first .. last - 1,
-// in tiles of nearly equal height.
+// What multiplies: `tile<MR>(row, panel, at, count)` computes MR rows from `row` on by one panel, as the at-th tile of `count` over it. Rows first ..
+// last - 1, in tiles of nearly equal height.
 template <class Tiles> void tile_rows(const Tiles& tiles, int64_t first, int64_t last, int64_t panel) {
   const int64_t height = last - first, count = (height + MAX_MR - 1) / MAX_MR;
   for (int64_t t = 0; t < count; t++) {
     const int64_t begin = first + height * t / count, end = first + height * (t + 1) / count;
-    with_rows(static_cast<int>(end - begin), [&]<int MR>() { tiles.template tile<MR>(begin, panel, t + 1 == count); });
+    with_rows(static_cast<int>(end - begin), [&]<int MR>() { tiles.template tile<MR>(begin, panel, t, count); });
   }
 }
 
@@ -74,11 +74,12 @@ template <class E> struct Call {
   int64_t m, n, k, ldx, ldo;
   bool fuses, is_wide;
 
-  template <int MR> void tile(int64_t row, int64_t panel, bool is_last) const {
+  template <int MR> void tile(int64_t row, int64_t panel, int64_t at, int64_t count) const {
+    constexpr int64_t BYTES = sizeof(typename E::T);
     F c[MR][2];
     for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
-    const int64_t size = panel_size<E>(k), ahead = bytes_ahead<MR>(size * static_cast<int64_t>(sizeof(typename E::T)), is_last);
-    multiply<E, MR, true>(x + row * ldx, ldx, packed + panel * size, steps_of<E>(k), c, ahead);
+    const int64_t size = panel_size<E>(k);
+    multiply<E, MR, true>(x + row * ldx, ldx, packed + panel * size, steps_of<E>(k), c, Ahead::of<MR>(size * BYTES, NR * E::P * BYTES, at, count));
     const Output<E> to{bias, out, n, ldo, fuses, is_wide};
     for (int i = 0; i < MR; i++) to.store(row + i, panel, c[i][0], c[i][1]);
   }

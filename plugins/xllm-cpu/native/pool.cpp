@@ -1,6 +1,7 @@
 // A worker that has nothing to do looks for work for one or two hundred microseconds, as long as the pause between two ops of a step, then sleeps:
-// between steps, and between requests, it costs nothing. Pieces are taken from a counter, so a core that was taken away slows a job down
-// by the piece it holds and no more: nobody waits for a thread that has not come.
+// between steps, and between requests, it costs nothing. Each thread has pieces that lie side by side, front to back, as what it asked memory for ahead
+// of time is what it takes next; one that has none left takes the last of another's. So a core that was taken away slows a job down by the piece it
+// holds and no more: nobody waits for a thread that has not come.
 #include "pool.h"
 
 #include <unistd.h>
@@ -23,21 +24,40 @@ namespace {
 
 constexpr int SPINS = 12000;
 
+// Pieces from `front` to before `back`, in one word so that one exchange takes either end.
+class alignas(64) Range {
+ public:
+  void reset(int64_t front, int64_t back) { word_.store(pack(static_cast<uint32_t>(front), static_cast<uint32_t>(back)), std::memory_order_relaxed); }
+  // The first piece or the last; -1 if there is none.
+  int64_t take(bool is_first) {
+    uint64_t word = word_.load(std::memory_order_relaxed);
+    for (;;) {
+      const auto front = static_cast<uint32_t>(word), back = static_cast<uint32_t>(word >> 32);
+      if (front == back) return -1;
+      const uint64_t rest = is_first ? pack(front + 1, back) : pack(front, back - 1);
+      if (word_.compare_exchange_weak(word, rest, std::memory_order_relaxed)) return is_first ? front : back - 1;
+    }
+  }
+
+ private:
+  static uint64_t pack(uint32_t front, uint32_t back) { return static_cast<uint64_t>(back) << 32 | front; }
+  std::atomic<uint64_t> word_{0};
+};
+
 struct Pool {
   std::vector<std::thread> threads;
+  std::vector<Range> ranges;  // of the caller, then of each worker
   std::atomic<uint64_t> job{0};  // odd: a job is open
-  std::atomic<int64_t> next{0};
   std::atomic<int> inside{0};  // workers that may be reading the fields below
   std::atomic<int> asleep{0};
   std::atomic<bool> ends{false};
-  int64_t count = 0;
   void* context = nullptr;
   Piece piece = nullptr;
   std::mutex mutex;
   std::condition_variable wake;
 
-  explicit Pool(int workers) {
-    for (int i = 0; i < workers; i++) threads.emplace_back([this] { work(); });
+  explicit Pool(int workers) : ranges(static_cast<size_t>(workers) + 1) {
+    for (size_t i = 1; i < ranges.size(); i++) threads.emplace_back([this, i] { work(i); });
   }
 
   ~Pool() {
@@ -50,11 +70,13 @@ struct Pool {
     for (auto& thread : threads) thread.join();
   }
 
-  void take() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) piece(context, i);
+  void take(size_t own) {
+    for (int64_t i; (i = ranges[own].take(true)) >= 0;) piece(context, i);
+    for (size_t step = 1; step < ranges.size(); step++)
+      for (int64_t i; (i = ranges[(own + step) % ranges.size()].take(false)) >= 0;) piece(context, i);
   }
 
-  void work() {
+  void work(size_t own) {
     uint64_t seen = 0;
     for (;;) {
       for (int spin = 0; spin < SPINS && job.load(std::memory_order_acquire) == seen; spin++) XLLM_PAUSE();
@@ -67,20 +89,21 @@ struct Pool {
       if (ends.load()) return;
       inside.fetch_add(1);  // before looking at `job`: either we see that it was closed, or its owner sees us inside and waits
       seen = job.load();
-      if (seen & 1) take();
+      if (seen & 1) take(own);
       inside.fetch_sub(1);
     }
   }
 
   void run(int64_t pieces, void* with, Piece what) {
-    count = pieces, context = with, piece = what;
-    next.store(0, std::memory_order_relaxed);
+    context = with, piece = what;
+    const auto size = static_cast<int64_t>(ranges.size());
+    for (int64_t i = 0; i < size; i++) ranges[static_cast<size_t>(i)].reset(pieces * i / size, pieces * (i + 1) / size);
     job.fetch_add(1);
     if (asleep.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
     }
-    take();
+    take(0);
     job.fetch_add(1);
     for (int spin = 0; inside.load() > 0; spin++) {
       if (spin < SPINS) XLLM_PAUSE();
