@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,89 @@ def test_calls_return_at_once_and_run_in_order() -> None:
     assert worker.calls == ["execute 0", "sample 0", "execute 1", "sample 1", "close"]
     assert len(worker.threads) == 1
     assert threading.get_ident() not in worker.threads
+
+
+class LaunchingWorker(GatedWorker):
+    """Step 1 is laid out only when `may_launch` is set, and computes until `may_end` is. tells: it says when it is launched."""
+
+    def __init__(self, *, tells: bool = True) -> None:
+        super().__init__()
+        self.gate.set()
+        self.tells = tells
+        self.on_launch: Callable[[], None] = lambda: None
+        self.may_launch, self.may_end, self.is_laid_out = threading.Event(), threading.Event(), threading.Event()
+
+    def execute(self, plan: StepPlan) -> Handle:
+        if plan.step == 1:
+            self.is_laid_out.set()
+            assert self.may_launch.wait(LONG_S)
+            self._do("launch 1")
+            if self.tells:
+                self.on_launch()
+            assert self.may_end.wait(LONG_S)
+        return super().execute(plan)
+
+
+class Waiting(threading.Thread):
+    """Somebody who waits for tokens."""
+
+    def __init__(self, future: Any) -> None:
+        super().__init__(daemon=True)
+        self._future = future
+        self.start()
+
+    def run(self) -> None:
+        self._future.result()
+
+
+def two_steps(worker: LaunchingWorker) -> tuple[ThreadExecutor, Waiting, Any]:
+    """Step 0 is over and step 1, which waited behind it, is being laid out."""
+    worker.gate.clear()
+    executor = ThreadExecutor(worker)
+    first, second = hand_over(executor, 0), hand_over(executor, 1)
+    waiting = Waiting(first)
+    worker.gate.set()
+    assert worker.is_laid_out.wait(LONG_S)
+    return executor, waiting, second
+
+
+def test_tokens_are_told_when_the_next_step_is_launched() -> None:
+    """Whoever waits for them does not take the interpreter from a worker that lays the next step out, and does not wait for its end.
+
+    Red if they are told before, or after the forward.
+    """
+    worker = LaunchingWorker()
+    executor, waiting, second = two_steps(worker)
+    waiting.join(0.05)
+    assert waiting.is_alive(), "told while step 1 was laid out"
+    worker.may_launch.set()
+    waiting.join(LONG_S)
+    assert not waiting.is_alive() and "execute 1" not in worker.calls
+    worker.may_end.set()
+    assert second.result().token_ids == [(1,)]
+    assert hand_over(executor, 2).result().token_ids == [(2,)], "nothing waits behind it: told at once"
+    executor.close()
+
+
+def test_tokens_are_told_though_the_next_step_fails_or_never_tells() -> None:
+    """What was sampled was sampled. Red if tokens that are owed are forgotten, or take the error of the step behind them."""
+    failing = LaunchingWorker()
+    failing.errors["launch 1"] = RuntimeError("no room")
+    executor, waiting, second = two_steps(failing)
+    failing.may_launch.set()
+    waiting.join(LONG_S)
+    assert not waiting.is_alive() and failing.calls[:2] == ["execute 0", "sample 0"]
+    with pytest.raises(RuntimeError, match="no room"):
+        second.result()
+    executor.close()
+
+    silent = LaunchingWorker(tells=False)
+    executor, waiting, second = two_steps(silent)
+    silent.may_launch.set()
+    silent.may_end.set()
+    waiting.join(LONG_S)
+    assert not waiting.is_alive() and second.result().token_ids == [(1,)]
+    executor.close()
 
 
 @pytest.mark.parametrize("where", ["execute 1", "sample 1"])

@@ -121,6 +121,19 @@ def ragged(*lengths: int) -> StepInputs:
     return StepInputs(places, 10 + places, {"full": 50 + places}, {"full": layout}, starts.numpy())
 
 
+def nobody() -> None:
+    """Waits for a launch."""
+
+
+def test_whoever_waits_for_a_launch_is_called_when_all_is_laid_out() -> None:
+    """Before the replay, and after the inputs are in their places."""
+    graphs, device, _ = make()
+    graphs.logits(inputs(7, 8), nobody)
+    seen = []
+    graphs.logits(inputs(1, 2), lambda: seen.append((list(device.graphs[0].asked), graphs._token_ids[:2].tolist())))
+    assert seen == [([], [1, 2])] and device.graphs[0].asked == [2]
+
+
 def test_buckets() -> None:
     """Fine where few rows are, then by sixteen, and never more than one beyond what can run."""
     assert buckets(1) == (1,) and buckets(3) == (1, 2, 4) and buckets(8) == (1, 2, 4, 8)
@@ -130,11 +143,11 @@ def test_buckets() -> None:
 def test_a_bucket_is_recorded_once_and_replayed_with_new_inputs() -> None:
     """The first step of a bucket records, later ones replay what they bring; rows behind theirs are padding that stores nothing."""
     graphs, device, model = make()
-    first = graphs.logits(inputs(7, 8, 9))
+    first = graphs.logits(inputs(7, 8, 9), nobody)
     assert first is not None and first[:, 0].tolist() == [1107, 1208, 1309]
-    again = graphs.logits(inputs(1, 2, 3))
+    again = graphs.logits(inputs(1, 2, 3), nobody)
     assert again is not None and again.shape == (3, VOCAB) and again[:, 0].tolist() == [1101, 1202, 1303]
-    fewer = graphs.logits(inputs(4, 5, 6, 7))
+    fewer = graphs.logits(inputs(4, 5, 6, 7), nobody)
     assert fewer is not None and fewer[:, 0].tolist() == [1104, 1205, 1306, 1407]
     assert len(device.graphs) == 1 and device.graphs[0].asked == [3, 4]
     assert model.seen[1] == ([1, 2, 3, 0], [10, 11, 12, 0], [50, 51, 52, -1])
@@ -146,7 +159,7 @@ def test_the_arena_is_that_of_the_largest() -> None:
     """Graphs share it: the greatest counts, not the sum."""
     graphs, _, _ = make()
     for count in (1, 4, 2):
-        graphs.logits(inputs(*range(count)))
+        graphs.logits(inputs(*range(count)), nobody)
     assert graphs.stats.num_captures == 3 and graphs.stats.arena_bytes == 4000
 
 
@@ -170,7 +183,7 @@ def test_a_small_ragged_step_is_replayed_up_to_the_head() -> None:
     """What comes back is the last layer's; padding stores nothing, and decode steps keep graphs of their own."""
     graphs, device, model = make(kernel=RaggedKernel)
     for lengths in ((16,), (1, 5, 2), (32,)):
-        hidden = graphs.hidden(ragged(*lengths))
+        hidden = graphs.hidden(ragged(*lengths), nobody)
         assert hidden is not None
         told = [20 + length for length in lengths for _ in range(length)]
         assert hidden[:, 0].tolist() == [i + 100 * told[i] for i in range(sum(lengths))]
@@ -178,9 +191,9 @@ def test_a_small_ragged_step_is_replayed_up_to_the_head() -> None:
     assert model.seen[1] == (
         [*range(8), *[0] * 24], [*range(10, 18), *[0] * 24], [*range(50, 58), *[-1] * 24]
     )  # fmt: skip
-    logits = graphs.logits(inputs(7, 8))
+    logits = graphs.logits(inputs(7, 8), nobody)
     assert logits is not None and logits.shape == (2, VOCAB) and len(device.graphs) == 2
-    assert graphs.hidden(ragged(33)) is not None and len(device.graphs) == 3
+    assert graphs.hidden(ragged(33), nobody) is not None and len(device.graphs) == 3
     assert (graphs.stats.num_captures, graphs.stats.num_replays, graphs.stats.padded_rows) == (3, 2, 24)
 
 
@@ -195,7 +208,7 @@ def test_which_ragged_steps() -> None:
         setattr(other, name, value)
         assert not graphs.covers_ragged(other)
     device.refuses = "aten.topk is no op of this device"
-    assert graphs.hidden(ragged(5)) is None and not graphs.covers_ragged(plan)
+    assert graphs.hidden(ragged(5), nobody) is None and not graphs.covers_ragged(plan)
 
 
 def test_a_forward_that_cannot_be_recorded(caplog: pytest.LogCaptureFixture) -> None:
@@ -203,7 +216,7 @@ def test_a_forward_that_cannot_be_recorded(caplog: pytest.LogCaptureFixture) -> 
     graphs, device, _ = make()
     device.refuses = "aten.topk is no op of this device"
     with caplog.at_level("INFO", logger="xllm.engine"):
-        assert graphs.logits(inputs(1)) is None
+        assert graphs.logits(inputs(1), nobody) is None
     assert "aten.topk" in caplog.text and graphs.stats.why_not == device.refuses
     assert not graphs.covers(StepPlan(1, slots=[0], num_tokens=1, sample_rows=[0]))
     assert graphs.stats.num_eager == 2 and graphs.stats.num_captures == 0

@@ -115,6 +115,23 @@ def test_short_list_and_full_vocabulary_choose_alike() -> None:
     assert short == choose(logits.masked_fill(logits < kth, float("-inf")), temperature=1.0)
 
 
+def test_what_a_slot_asks_for_comes_and_goes() -> None:
+    """Noise and logprobs are looked for where some slot of the step wants them: after a fork too, and no longer when another sequence came."""
+    state = SamplingState(ReferenceDevice(0), [], num_slots=3)
+    state.admit(slot_state(0, temperature=0.7, logprobs=2))
+    state.admit(slot_state(1, temperature=0))
+    assert state.batch([1], [4]).is_all_greedy and state.num_logprobs([1]) is None
+    state.fork(0, 1, 5)
+    forked = state.batch([1], [4])
+    assert not forked.is_all_greedy and (forked.indices.tolist(), forked.positions.tolist()) == ([5], [4])
+    assert state.num_logprobs([1]) == [2]
+    state.admit(slot_state(0, temperature=0))
+    assert state.batch([0], [4]).is_all_greedy and state.num_logprobs([0]) is None
+    assert not state.batch([0, 1], [4, 4]).is_all_greedy and state.num_logprobs([0, 1]) == [-1, 2]
+    state.fork(0, 1, 1)
+    assert state.batch([1], [4]).is_all_greedy and state.num_logprobs([1]) is None
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Mixed parameters in one batch give what each row gives alone. Red if one row's top_k decides another's path."""
     logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1))

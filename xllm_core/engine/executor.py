@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from xllm_core.errors import EngineDeadError
 from xllm_core.types import StepPlan, StepResult, StepTimes
@@ -42,6 +42,16 @@ class StepWorker(Protocol):
 
     def close(self) -> None:
         """Give back memory and threads."""
+
+
+@runtime_checkable
+class TellingWorker(StepWorker, Protocol):
+    """A `StepWorker` that calls `on_launch` in `execute` as soon as all that is left is the device's work.
+
+    Until then the worker's Python is what a step waits for, and whoever got the tokens of the step before would take the interpreter from it.
+    """
+
+    on_launch: Callable[[], None]
 
 
 class Executor(Protocol):
@@ -122,7 +132,7 @@ class WorkerThread:
 
     def attach(self, worker: StepWorker) -> None:
         """From now on steps go to this worker, which `close` closes."""
-        self._driver.worker = worker
+        self._driver.attach(worker)
 
     def put(self, job: _ThreadHandle | _ThreadFuture | _Call[Any]) -> None:
         """Queue a job. Raises EngineDeadError after `close`."""
@@ -247,13 +257,24 @@ class _Call(Generic[T]):
 
 
 class _Driver:
-    """What the thread runs. jobs: in the order of the calls, None at the end."""
+    """What the thread runs. jobs: in the order of the calls, None at the end.
+
+    Tokens are told at once, unless the next step waits already and its worker tells when it is launched: then they are owed until that.
+    """
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_ThreadHandle | _ThreadFuture | _Call[Any] | None] = queue.SimpleQueue()
         self.worker: StepWorker | None = None
         self.close_error: BaseException | None = None
         self._failure: BaseException | None = None
+        self._owed: _ThreadFuture | None = None
+        self._is_telling = False
+
+    def attach(self, worker: StepWorker) -> None:
+        self.worker = worker
+        self._is_telling = isinstance(worker, TellingWorker)
+        if isinstance(worker, TellingWorker):
+            worker.on_launch = self._pay
 
     def run(self) -> None:
         while (job := self.jobs.get()) is not None:
@@ -262,13 +283,24 @@ class _Driver:
                     job.run(self.worker)  # type: ignore[arg-type]
                 except BaseException as error:  # noqa: BLE001  whatever it is, it is raised where the result is asked for
                     self._failure = error
-            job.settle(self._failure)
+            self._pay()
+            if isinstance(job, _ThreadFuture) and self._is_telling and self._failure is None and not self.jobs.empty():
+                self._owed = job
+            else:
+                job.settle(self._failure)
             del job  # not to hold a step's logits while waiting for the next
+        self._pay()
         try:
             if self.worker is not None:
                 self.worker.close()
         except BaseException as error:  # noqa: BLE001  raised again by the caller of `close`
             self.close_error = error
+        self.worker = None  # which knows this object: without a cycle it is gone as soon as nobody asks for it
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            owed.settle(None)
 
     def stop(self) -> None:
         """Drop what has not begun, and end. Also called by the garbage collector, so it takes no lock and waits for nothing."""

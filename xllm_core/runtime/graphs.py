@@ -91,16 +91,20 @@ class StepGraphs:
         """Whether the layers of a plan that `covers` says no to can be had from a graph."""
         return 0 < plan.num_tokens <= self._most_ragged and not plan.prompt_logprobs and not self.stats.why_not
 
-    def logits(self, inputs: StepInputs) -> torch.Tensor | None:
-        """[R, V] float32 of a step that is covered, until the next one; None where the forward turns out not to be capturable."""
-        return self._run(inputs, self._buckets, self._recorded, self._refill, self._forward)
+    def logits(self, inputs: StepInputs, on_launch: Callable[[], None]) -> torch.Tensor | None:
+        """[R, V] float32 of a step that is covered, until the next one; None where the forward turns out not to be capturable.
 
-    def hidden(self, inputs: StepInputs) -> torch.Tensor | None:
+        on_launch: called before a replay, when everything is laid out for it.
+        """
+        return self._run(inputs, on_launch, self._buckets, self._recorded, self._refill, self._forward)
+
+    def hidden(self, inputs: StepInputs, on_launch: Callable[[], None]) -> torch.Tensor | None:
         """[T, H] after the last layer of a step that `covers_ragged`, else as `logits`."""
-        return self._run(inputs, RAGGED_BUCKETS, self._recorded_ragged, self._refill_ragged, self._layers)
+        return self._run(inputs, on_launch, RAGGED_BUCKETS, self._recorded_ragged, self._refill_ragged, self._layers)
 
     def _run(
-        self, inputs: StepInputs, sizes: Sequence[int], recorded: dict[int, _Recorded], refill: _Refill, forward: _Forward
+        self, inputs: StepInputs, on_launch: Callable[[], None], sizes: Sequence[int], recorded: dict[int, _Recorded], refill: _Refill,
+        forward: _Forward,
     ) -> torch.Tensor | None:  # fmt: skip
         num_tokens = len(inputs.token_ids)
         bucket = next(size for size in sizes if size >= num_tokens)
@@ -113,6 +117,7 @@ class StepGraphs:
             recorded[bucket] = found
             return found.result[:num_tokens]
         refill(found.plans, inputs)
+        on_launch()
         found.graph.replay(num_tokens)
         self.stats.num_replays += 1
         self.stats.padded_rows += bucket - num_tokens
@@ -121,11 +126,13 @@ class StepGraphs:
     def _load(self, inputs: StepInputs, num_rows: int, bucket: int) -> None:
         self._token_ids[:num_rows] = inputs.token_ids
         self._positions[:num_rows] = inputs.positions
-        self._token_ids[num_rows:bucket] = 0
-        self._positions[num_rows:bucket] = 0
         for group, slots in self._kv_slots.items():
             slots[:num_rows] = inputs.kv_slots[group]
-            slots[num_rows:bucket] = -1
+        if num_rows < bucket:
+            self._token_ids[num_rows:bucket] = 0
+            self._positions[num_rows:bucket] = 0
+            for slots in self._kv_slots.values():
+                slots[num_rows:bucket] = -1
 
     def _refill(self, plans: Mapping[str, Any], inputs: StepInputs) -> None:
         for group, kernel in self._kernels.items():

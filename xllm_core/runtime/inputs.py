@@ -51,6 +51,8 @@ class InputBuffers:
         self._device = device
         self._groups = tuple(groups)
         self._block_size = block_size
+        self._ones = np.ones(num_slots, dtype=np.int32)
+        self._counting = np.arange(num_slots + 1, dtype=np.int32)
         # A sequence's last block may be reserved beyond the context by a speculative step: one spare column.
         self.max_blocks = -(-max_model_len // block_size) + 1
         self._tables: list[Ints] = [np.full((num_slots, self.max_blocks), -1, dtype=np.int32) for _ in self._groups]
@@ -62,34 +64,31 @@ class InputBuffers:
 
     def gather(self, plan: StepPlan, previous: torch.Tensor) -> StepInputs:
         """Build the batch of a plan that has rows. previous: [S, W] tokens sampled by the step before, on the device."""
+        num_rows, num_tokens = len(plan.slots), plan.num_tokens
         slots = np.array(plan.slots, dtype=np.int64)
         starts = np.array(plan.starts, dtype=np.int32)
-        lengths = np.array(plan.lengths, dtype=np.int32)
-        prev_rows = np.array(plan.prev_rows, dtype=np.int64)
-        row_starts = np.zeros(len(slots) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=row_starts[1:])
-        num_tokens = int(row_starts[-1])
-        if num_tokens == len(slots):
+        if num_tokens == num_rows:
+            lengths, row_starts = self._ones[:num_rows], self._counting[: num_rows + 1]
             positions, token_slots = starts.astype(np.int64), slots
         else:
+            lengths = np.array(plan.lengths, dtype=np.int32)
+            row_starts = np.zeros(num_rows + 1, dtype=np.int32)
+            np.cumsum(lengths, out=row_starts[1:])
             positions = np.repeat(starts - row_starts[:-1], lengths) + np.arange(num_tokens, dtype=np.int64)
             token_slots = np.repeat(slots, lengths)
-        token_ids = self._tokens(plan, prev_rows, row_starts, num_tokens, previous)
+        token_ids = self._tokens(plan, row_starts, previous)
         kv_slots, layouts = self._layouts(slots, starts, lengths, row_starts, positions, token_slots)
         to_device = self._device.to_device
         return StepInputs(token_ids, to_device(torch.from_numpy(positions)), kv_slots, layouts, row_starts)
 
-    def _tokens(
-        self,
-        plan: StepPlan,
-        prev_rows: npt.NDArray[np.int64],
-        row_starts: Ints,
-        num_tokens: int,
-        previous: torch.Tensor,
-    ) -> torch.Tensor:
+    def _tokens(self, plan: StepPlan, row_starts: Ints, previous: torch.Tensor) -> torch.Tensor:
+        num_tokens = plan.num_tokens
+        if num_tokens == len(previous) and plan.prev_rows == list(range(num_tokens)):
+            return previous[:, 0].contiguous()  # all go on, in the same places
         given = np.array(plan.token_ids, dtype=np.int64)
         if len(given) == num_tokens:
             return self._device.to_device(torch.from_numpy(given))
+        prev_rows = np.array(plan.prev_rows, dtype=np.int64)
         waits = prev_rows >= 0  # rows whose one token the previous step sampled; it never leaves the device
         token_ids = np.zeros(num_tokens, dtype=np.int64)
         is_given = np.ones(num_tokens, dtype=bool)
@@ -116,9 +115,11 @@ class InputBuffers:
         kv_slots: dict[str, torch.Tensor] = {}
         layouts: dict[str, BatchLayout] = {}
         for spec, table in zip(self._groups, self._tables, strict=True):
-            index = 0 if spec.kind == "recurrent" else positions // size
-            blocks = table[token_slots, index].astype(np.int64)
-            flat = blocks if spec.kind == "recurrent" else blocks * size + positions % size
+            if spec.kind == "recurrent":
+                flat = table[token_slots, 0].astype(np.int64)
+            else:
+                index = positions // size
+                flat = table[token_slots, index].astype(np.int64) * size + (positions - index * size)
             kv_slots[spec.name] = self._device.to_device(torch.from_numpy(flat))
             layouts[spec.name] = BatchLayout(query_lens_t, kv_lens_t, starts_t, torch.from_numpy(table[slots, :width]))
         return kv_slots, layouts

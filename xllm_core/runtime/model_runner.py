@@ -50,8 +50,8 @@ class ModelRunner:
         self.graphs = graphs
         self._previous = torch.zeros((0, 1), dtype=torch.int64, device=device.facts().torch_device)
 
-    def forward(self, plan: StepPlan) -> RunnerHandle:
-        """Run the forward of the plan's rows, if it has any; `apply` came before."""
+    def forward(self, plan: StepPlan, on_launch: Callable[[], None]) -> RunnerHandle:
+        """Run the forward of the plan's rows, if it has any; `apply` came before. on_launch: called when everything is laid out for it."""
         started_s = time.perf_counter()
         handle = RunnerHandle(plan)
         if plan.is_empty:
@@ -60,21 +60,23 @@ class ModelRunner:
         with torch.inference_mode():
             inputs = self._inputs.gather(plan, self._previous)
             prepared_s = time.perf_counter()
-            if self.graphs is None or not self._replay(handle, inputs, self.graphs):
-                prepared_s = self._compute(handle, inputs)
+            if self.graphs is None or not self._replay(handle, inputs, self.graphs, on_launch):
+                prepared_s = self._compute(handle, inputs, on_launch)
         handle.times.prepare_s = prepared_s - started_s
         handle.times.forward_ended_s = time.perf_counter()
         handle.times.forward_s = handle.times.forward_ended_s - prepared_s
         return handle
 
-    def _replay(self, handle: RunnerHandle, inputs: StepInputs, graphs: StepGraphs) -> bool:
+    def _replay(
+        self, handle: RunnerHandle, inputs: StepInputs, graphs: StepGraphs, on_launch: Callable[[], None]
+    ) -> bool:
         """The forward from a graph, or while one is recorded. False: not to be had."""
         plan, num_replays = handle.plan, graphs.stats.num_replays
         if graphs.covers(plan):
-            handle.logits = graphs.logits(inputs)
+            handle.logits = graphs.logits(inputs, on_launch)
             is_done = handle.logits is not None
         elif graphs.covers_ragged(plan):
-            hidden = graphs.hidden(inputs)
+            hidden = graphs.hidden(inputs, on_launch)
             is_done = hidden is not None
             if hidden is not None and plan.sample_rows:
                 last, repeat = self._sampled(plan, inputs)
@@ -84,11 +86,12 @@ class ModelRunner:
         handle.times.is_replayed = graphs.stats.num_replays > num_replays
         return is_done
 
-    def _compute(self, handle: RunnerHandle, inputs: StepInputs) -> float:
+    def _compute(self, handle: RunnerHandle, inputs: StepInputs, on_launch: Callable[[], None]) -> float:
         """The forward, op by op. Returns when its kernels' plans were made."""
         plan = handle.plan
         plans = {name: kernel.plan(inputs.layouts[name]) for name, kernel in self._kernels}
         prepared_s = time.perf_counter()
+        on_launch()
         hidden = self._model.embed(inputs.token_ids)
         last, repeat = self._sampled(plan, inputs)
         ctx = ForwardContext(inputs.positions, inputs.kv_slots, plans)

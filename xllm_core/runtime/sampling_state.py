@@ -11,6 +11,8 @@ from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.sampling import LogitsProcessor, SamplingBatch
 from xllm_core.types import SlotState
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
 
 class SamplingState:
     """Entered, forked and left as plans say; a step gathers its rows with a few numpy look-ups."""
@@ -26,6 +28,9 @@ class SamplingState:
         self._seed = np.zeros(num_slots, dtype=np.int64)
         self._index = np.zeros(num_slots, dtype=np.int64)
         self._num_logprobs = np.full(num_slots, -1, dtype=np.int64)
+        # Slots of such a kind, or that were until they are taken again: most steps have none, and look no further.
+        self._is_random: set[int] = set()
+        self._has_logprobs: set[int] = set()
 
     def release(self, slots: Sequence[int]) -> None:
         """Sequences left these slots."""
@@ -46,6 +51,8 @@ class SamplingState:
         self._seed[slot] = state.seed
         self._index[slot] = state.index
         self._num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        _mark(self._is_random, slot, params.temperature != 0)
+        _mark(self._has_logprobs, slot, params.logprobs is not None)
         for processor, members in zip(self._processors, self._members, strict=True):
             if processor.admit(state):
                 members.add(slot)
@@ -56,6 +63,8 @@ class SamplingState:
         for column in (self._temperature, self._top_k, self._top_p, self._min_p, self._seed, self._num_logprobs):
             column[destination] = column[source]
         self._index[destination] = index
+        for slots in (self._is_random, self._has_logprobs):
+            _mark(slots, destination, source in slots)
         for processor, members in zip(self._processors, self._members, strict=True):
             if source in members:
                 processor.fork(source, destination)
@@ -89,18 +98,19 @@ class SamplingState:
 
     def num_logprobs(self, slots: Sequence[int]) -> list[int] | None:
         """Likeliest tokens to report per sample, -1 for none at all; None if nobody in the batch asked."""
+        if self._has_logprobs.isdisjoint(slots):
+            return None
         counts = self._num_logprobs[np.asarray(slots, dtype=np.int64)]
         return counts.tolist() if (counts >= 0).any() else None
 
     def batch(self, slots: Sequence[int], positions: Sequence[int]) -> SamplingBatch:
         """Columns for the samples of one step."""
+        if self._is_random.isdisjoint(slots):
+            return SamplingBatch(True, None, None, None, None, _NONE, _NONE, _NONE)
         at = np.asarray(slots, dtype=np.int64)
         temperature = self._temperature[at]
-        is_all_greedy = not temperature.any()
         seeds, indices = torch.from_numpy(self._seed[at]), torch.from_numpy(self._index[at])
         where = torch.tensor(positions, dtype=torch.int64)
-        if is_all_greedy:
-            return SamplingBatch(True, None, None, None, None, seeds, indices, where)
         top_k, top_p, min_p = self._top_k[at], self._top_p[at], self._min_p[at]
         to_device = self._device.to_device
         return SamplingBatch(
@@ -111,3 +121,10 @@ class SamplingState:
             min_p=to_device(torch.from_numpy(min_p)) if min_p.any() else None,
             seeds=seeds, indices=indices, positions=where,
         )  # fmt: skip
+
+
+def _mark(slots: set[int], slot: int, is_in: bool) -> None:
+    if is_in:
+        slots.add(slot)
+    else:
+        slots.discard(slot)

@@ -40,7 +40,7 @@ class WorkerParts:
 
 
 class Worker:
-    """Runs plans in order on one device. Owned and called by one thread."""
+    """Runs plans in order on one device. Owned and called by one thread; an `engine.executor.TellingWorker`."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Worker:
             sampling=sampling, copy_blocks=parts.copy_blocks, graphs=graphs,
         )  # fmt: skip
         self._mover: KVMover | None = store.mover(self.cache) if store is not None else None
+        self.on_launch: Callable[[], None] = lambda: None
 
     def execute(self, plan: StepPlan) -> RunnerHandle:
         """Apply the plan's state changes, start its KV transfers, run its forward. Transfers touch leased blocks only."""
@@ -83,7 +84,7 @@ class Worker:
                 raise ConfigError("a plan moves KV blocks to a store, and this worker has none")
             self._mover.start(plan.kv.transfers)
         applied_s = time.perf_counter() - started_s
-        handle = self._runner.forward(plan)
+        handle = self._runner.forward(plan, self.on_launch)
         handle.times.prepare_s += applied_s
         return handle
 

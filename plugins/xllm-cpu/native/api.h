@@ -75,19 +75,23 @@ XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to
 // out = a + b, all contiguous: [rows][size].
 XLLM_API int xllm_add(const void* a, const void* b, void* out, int64_t rows, int64_t size, int is_bf16);
 
-// Attention over paged KV in layout BSGD. tasks: [num_tasks][3] (row, KV head or -1 for all, first query token), as `xllm_attention_tasks` lays them out.
+// Attention over paged KV in layout BSGD. tasks: [num_tasks][3] (row, KV head or -1 for all, first query token).
 struct XllmAttention {
-  const int32_t* query_starts;  // [R + 1]
-  const int32_t* kv_lens;       // [R]
-  const int32_t* tables;        // [R][table_width]
-  const int32_t* tasks;
+  int32_t* query_starts;  // [R + 1]
+  int32_t* kv_lens;       // [R]
+  int32_t* tables;        // [R][table_width]
+  int32_t* tasks;
   int64_t num_tasks, table_width;
   int32_t num_rows, num_heads, num_kv_heads, head_size, block_size, window;  // window: 0 for none
   float scale, soft_cap;                                                     // soft_cap: 0 for none
   int32_t is_bf16, max_kv_len;
 };
-XLLM_API int64_t xllm_attention_tasks(
-    const int32_t* query_starts, const int32_t* kv_lens, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks);
+// A batch into the arrays of `step`, which have room for max_rows rows, max_tokens new tokens, table_width columns, and max_tokens * num_kv_heads tasks.
+// tables: [num_rows][width]. is_decode: every row has one new token. Returns the highest block that is named, -1 for none; -2 for lengths that fit
+// neither each other nor the room, and then `step` is as it was.
+XLLM_API int64_t xllm_attention_lay_out(
+    XllmAttention* step, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* tables, int64_t num_rows, int64_t width, int64_t max_rows,
+    int64_t max_tokens, int is_decode);
 // q, out: [T][H][D], k, v: [B][S][G][D].
 XLLM_API int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out);
 

@@ -458,31 +458,52 @@ template <class E> void run_splits(const Layer& call) {
   });
 }
 
+// Lay out tasks, and count them.
+int64_t lay_out_tasks(const XllmAttention& step) {
+  const int group = step.num_heads / step.num_kv_heads;
+  int64_t count = 0, num_splits = 0;
+  for (int32_t row = 0; row < step.num_rows; row++) num_splits += (step.kv_lens[row] + SPLIT - 1) / SPLIT;
+  const bool is_shared = step.num_rows >= 4 * num_threads() || num_splits >= 8 * num_threads();  // among threads, without taking heads apart
+  auto add = [&](int32_t row, int32_t head, int32_t token) {
+    step.tasks[3 * count] = row, step.tasks[3 * count + 1] = head, step.tasks[3 * count + 2] = token;
+    count++;
+  };
+  for (int32_t row = step.num_rows - 1; row >= 0; row--) {  // later rows are prompts more often than not: long tasks first
+    const int32_t begin = step.query_starts[row], num_tokens = step.query_starts[row + 1] - begin, each = tokens_per_task(group);
+    if (num_tokens > 0 && num_tokens <= tokens_of_all(group) && is_shared) {
+      add(row, ALL, begin);
+      continue;
+    }
+    for (int32_t t = begin + num_tokens - 1 - (num_tokens - 1) % each; num_tokens > 0 && t >= begin; t -= each)
+      for (int32_t head = 0; head < step.num_kv_heads; head++) add(row, head, t);
+  }
+  return count;
+}
+
 }  // namespace
 }  // namespace xllm
 
 using namespace xllm;
 
-int64_t xllm_attention_tasks(
-    const int32_t* query_starts, const int32_t* kv_lens, int32_t num_rows, int32_t num_heads, int32_t num_kv_heads, int32_t* tasks) {
-  const int group = num_heads / num_kv_heads;
-  int64_t count = 0, num_splits = 0;
-  for (int32_t row = 0; row < num_rows; row++) num_splits += (kv_lens[row] + SPLIT - 1) / SPLIT;
-  const bool is_shared = num_rows >= 4 * num_threads() || num_splits >= 8 * num_threads();  // among threads, without taking heads apart
-  auto add = [&](int32_t row, int32_t head, int32_t token) {
-    if (tasks != nullptr) tasks[3 * count] = row, tasks[3 * count + 1] = head, tasks[3 * count + 2] = token;
-    count++;
-  };
-  for (int32_t row = num_rows - 1; row >= 0; row--) {  // later rows are prompts more often than not: long tasks first
-    const int32_t begin = query_starts[row], num_tokens = query_starts[row + 1] - begin, step = tokens_per_task(group);
-    if (num_tokens > 0 && num_tokens <= tokens_of_all(group) && is_shared) {
-      add(row, ALL, begin);
-      continue;
-    }
-    for (int32_t t = begin + num_tokens - 1 - (num_tokens - 1) % step; num_tokens > 0 && t >= begin; t -= step)
-      for (int32_t head = 0; head < num_kv_heads; head++) add(row, head, t);
+int64_t xllm_attention_lay_out(
+    XllmAttention* step, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* tables, int64_t num_rows, int64_t width, int64_t max_rows,
+    int64_t max_tokens, int is_decode) {
+  constexpr int64_t UNFIT = -2;
+  if (num_rows > max_rows || width > step->table_width || query_starts[0] != 0 || query_starts[num_rows] > max_tokens) return UNFIT;
+  int32_t longest = 0;
+  for (int64_t row = 0; row < num_rows; row++) {
+    const int64_t num_new = static_cast<int64_t>(query_starts[row + 1]) - query_starts[row];
+    if (num_new < 0 || num_new > kv_lens[row] || kv_lens[row] > width * step->block_size || (is_decode != 0 && num_new != 1)) return UNFIT;
+    longest = std::max(longest, kv_lens[row]);
   }
-  return count;
+  int32_t highest = -1;
+  for (int64_t i = 0; i < num_rows * width; i++) highest = std::max(highest, tables[i]);
+  std::copy(query_starts, query_starts + num_rows + 1, step->query_starts);
+  std::copy(kv_lens, kv_lens + num_rows, step->kv_lens);
+  for (int64_t row = 0; row < num_rows; row++) std::copy(tables + row * width, tables + (row + 1) * width, step->tables + row * step->table_width);
+  step->num_rows = static_cast<int32_t>(num_rows), step->max_kv_len = longest;
+  step->num_tasks = lay_out_tasks(*step);
+  return highest;
 }
 
 int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out) {

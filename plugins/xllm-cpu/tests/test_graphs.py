@@ -129,11 +129,11 @@ def test_a_step_that_does_not_fit_a_plan(device: CpuDevice) -> None:
 
     kernel.refill(plan, layout(2, 3))
     for bad in (layout(3, 1), layout(1, 4), layout(2, 1, tokens=2), layout(1, 1, tokens=2)):
-        with pytest.raises(ValueError, match="do not fit a graph of 2 rows"):
+        with pytest.raises(ValueError, match="do not fit each other, or not 2 rows with 2 new tokens and 3 blocks"):
             kernel.refill(plan, bad)
     kernel.refill_ragged(plan, layout(1, 1, tokens=2))
     for bad in (layout(3, 1), layout(1, 4), layout(1, 1, tokens=3), layout(2, 1, tokens=2)):
-        with pytest.raises(ValueError, match="do not fit a graph of 2 rows"):
+        with pytest.raises(ValueError, match="do not fit each other, or not 2 rows with 2 new tokens and 3 blocks"):
             kernel.refill_ragged(plan, bad)
 
 

@@ -46,7 +46,7 @@ class SamplingBatch:
 
     On the sampler's device, None where no row of the batch uses the feature: temperature [S] float32 (0 greedy), top_k [S] int64 (0 off),
     top_p [S] float32, min_p [S] float32. On the host: seeds [S] int64, indices [S] int64, positions [S] int64, the arguments of the noise,
-    from which `stream_keys` makes keys there.
+    from which `stream_keys` makes keys there; [0] where all rows are greedy, which have no noise.
     """
 
     is_all_greedy: bool

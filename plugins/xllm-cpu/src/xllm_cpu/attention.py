@@ -14,12 +14,13 @@ from xllm_cpu.native import AttentionStep
 
 @dataclass(slots=True)
 class Plan:
-    """One step, and what its pointers point to. highest_block: in any table. kept: query starts, KV lengths, tables, tasks."""
+    """Room for a step, and the one that is laid out in it. kept: what its pointers point to. highest_block: in any table."""
 
     step: AttentionStep
     kept: tuple[torch.Tensor, ...]
-    num_tokens: int
-    highest_block: int
+    max_rows: int
+    max_tokens: int
+    highest_block: int = -1
 
 
 class PagedAttention:
@@ -31,94 +32,59 @@ class PagedAttention:
 
     def plan(self, batch: BatchLayout) -> Plan:
         """Tasks of the step: so many queries of one row and KV head each. Raises ValueError for lengths or tables that do not fit together."""
-        starts, kv_lens, tables = (
-            t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables)
-        )
-        self._check(starts, kv_lens, tables)
-        tasks = torch.empty(self._count_tasks(starts, kv_lens), 3, dtype=torch.int32)
-        plan = Plan(self._step(starts, kv_lens, tables, tasks), (starts, kv_lens, tables, tasks), 0, -1)
-        self._lay_out(plan, len(kv_lens), tables)
+        num_tokens = int(batch.query_starts[-1]) if len(batch.query_starts) else 0
+        plan = self._room(max(0, num_tokens), *batch.block_tables.shape)
+        self._lay_out(plan, batch)
         return plan
 
     def graph_plan(self, max_rows: int, max_blocks: int) -> Plan:
         """A plan of up to `max_rows` tokens, to be filled by `refill`."""
-        shapes = ((max_rows + 1,), (max_rows,), (max_rows, max_blocks), (max_rows * self._geometry.num_kv_heads, 3))
-        kept = tuple(torch.zeros(shape, dtype=torch.int32) for shape in shapes)
-        return Plan(self._step(*kept), kept, max_rows, -1)
+        return self._room(max_rows, max_rows, max_blocks)
 
     def refill(self, plan: Plan, batch: BatchLayout) -> None:
         """In place; the batch must fit, with one token a row."""
-        if int(batch.query_starts[-1]) != len(batch.kv_lens):
-            raise self._unfit(plan, batch)
-        self.refill_ragged(plan, batch)
+        self._lay_out(plan, batch, is_decode=True)
 
     def refill_ragged(self, plan: Plan, batch: BatchLayout) -> None:
         """In place; the tokens of the batch must fit."""
-        starts, kv_lens, tables, _ = plan.kept
-        num_rows, width = batch.block_tables.shape
-        self._check(batch.query_starts, batch.kv_lens, batch.block_tables)
-        if num_rows > len(kv_lens) or width > tables.shape[1] or int(batch.query_starts[-1]) > len(kv_lens):
-            raise self._unfit(plan, batch)
-        starts[: num_rows + 1] = batch.query_starts
-        kv_lens[:num_rows] = batch.kv_lens
-        tables[:num_rows, :width] = batch.block_tables
-        self._lay_out(plan, num_rows, batch.block_tables)
+        self._lay_out(plan, batch)
 
-    def _unfit(self, plan: Plan, batch: BatchLayout) -> ValueError:
-        num_rows, width = batch.block_tables.shape
-        _, kv_lens, tables, _ = plan.kept
-        return ValueError(
-            f"{num_rows} rows with {int(batch.query_starts[-1])} tokens and {width} blocks do not fit a graph of {len(kv_lens)} rows"
-            f" of one token and {tables.shape[1]} blocks"
-        )
-
-    def _check(self, starts: torch.Tensor, kv_lens: torch.Tensor, tables: torch.Tensor) -> None:
-        num_rows = len(kv_lens)
-        longest = int(kv_lens.max()) if num_rows else 0
-        if num_rows and (
-            len(starts) != num_rows + 1
-            or bool((starts.diff() > kv_lens).any())
-            or longest > tables.shape[1] * self._geometry.block_size
-        ):
-            raise ValueError(
-                f"{num_rows} rows of up to {longest} tokens do not fit {len(starts)} starts and"
-                f" tables of {tables.shape[1]} blocks of {self._geometry.block_size}"
-            )
-
-    def _count_tasks(self, starts: torch.Tensor, kv_lens: torch.Tensor, tasks: torch.Tensor | None = None) -> int:
-        """Lay tasks out where room is given, and count them."""
+    def _room(self, max_tokens: int, max_rows: int, max_blocks: int) -> Plan:
         geometry = self._geometry
-        count: int = self._native.attention_tasks(
-            starts.data_ptr(), kv_lens.data_ptr(), len(kv_lens), geometry.num_heads, geometry.num_kv_heads,
-            None if tasks is None else tasks.data_ptr(),
-        )  # fmt: skip
-        return count
-
-    def _step(
-        self, starts: torch.Tensor, kv_lens: torch.Tensor, tables: torch.Tensor, tasks: torch.Tensor
-    ) -> AttentionStep:
-        geometry = self._geometry
-        return AttentionStep(
+        shapes = ((max_rows + 1,), (max_rows,), (max_rows, max_blocks), (max_tokens * geometry.num_kv_heads, 3))
+        kept = starts, kv_lens, tables, tasks = tuple(torch.empty(shape, dtype=torch.int32) for shape in shapes)
+        step = AttentionStep(
             query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr(), tables=tables.data_ptr(), tasks=tasks.data_ptr(),
-            table_width=tables.shape[1], num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
+            table_width=max_blocks, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
             head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
             soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16),
         )  # fmt: skip
+        return Plan(step, kept, max_rows, max_tokens)
 
-    def _lay_out(self, plan: Plan, num_rows: int, tables: torch.Tensor) -> None:
-        starts, kv_lens, _, tasks = plan.kept
-        step = plan.step
-        step.num_rows, step.num_tasks = num_rows, self._count_tasks(starts, kv_lens[:num_rows], tasks)
-        step.max_kv_len = int(kv_lens[:num_rows].max()) if num_rows else 0
-        plan.highest_block = int(tables.max()) if tables.numel() else -1
-        if not plan.num_tokens:
-            plan.num_tokens = int(starts[num_rows])
+    def _lay_out(self, plan: Plan, batch: BatchLayout, *, is_decode: bool = False) -> None:
+        starts, kv_lens, tables = (
+            t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables)
+        )
+        num_rows, width = tables.shape
+        found = -2
+        if len(starts) == num_rows + 1 and len(kv_lens) == num_rows:
+            found = self._native.attention_lay_out(
+                ctypes.addressof(plan.step), starts.data_ptr(), kv_lens.data_ptr(), tables.data_ptr(), num_rows, width,
+                plan.max_rows, plan.max_tokens, is_decode,
+            )  # fmt: skip
+        if found < -1:
+            raise ValueError(
+                f"{len(kv_lens)} rows with query starts {starts.tolist()}, KV lengths {kv_lens.tolist()} and tables {tuple(tables.shape)} of blocks"
+                f" of {self._geometry.block_size} do not fit each other, or not {plan.max_rows} rows with {plan.max_tokens} new tokens"
+                f" and {plan.step.table_width} blocks{', one token a row' if is_decode else ''}"
+            )
+        plan.highest_block = found
 
     def run(self, q: torch.Tensor, kv: KVSegments, plan: Plan, out: torch.Tensor) -> None:
         """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]. Raises ValueError or IndexError before anything is read that is not there."""
         geometry = self._geometry
         k, v = kv.own
-        shape = (plan.num_tokens, geometry.num_heads, geometry.head_size)
+        shape = (plan.max_tokens, geometry.num_heads, geometry.head_size)
         slot = (geometry.block_size, geometry.num_kv_heads, geometry.head_size)
         is_right = q.shape == out.shape == shape and k.shape == v.shape and k.shape[1:] == slot
         if (

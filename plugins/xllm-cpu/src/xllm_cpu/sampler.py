@@ -11,6 +11,7 @@ from xllm_cpu.device import CpuDevice
 from xllm_cpu.native import SamplingColumns
 
 _DTYPES = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+_GREEDY = SamplingColumns()
 _NOISE = ("seeds", "indices", "positions")
 
 
@@ -33,7 +34,7 @@ class NativeSampler:
                 if getattr(batch, name) is not None
             }
             kept |= {name: _column(batch, name, torch.int64, num_rows) for name in _NOISE}
-        columns = SamplingColumns(**{name: column.data_ptr() for name, column in kept.items()})
+        columns = SamplingColumns(**{name: column.data_ptr() for name, column in kept.items()}) if kept else _GREEDY
         tokens = torch.empty(num_rows, dtype=torch.int64)
         self._native.sample(logits.data_ptr(), num_rows, logits.shape[1], ctypes.addressof(columns), tokens.data_ptr())
         return tokens

@@ -1,0 +1,74 @@
+"""From a plan to the tensors of a forward: every kind of row, and the short cut that steady decoding takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from xllm_core.plugins.contracts.kv import KVGroupSpec
+from xllm_core.reference.device import ReferenceDevice
+from xllm_core.runtime.inputs import InputBuffers, StepInputs
+from xllm_core.types import StepPlan
+
+BLOCK = 4
+GROUPS = (
+    KVGroupSpec("full", "full", (0,), ()),
+    KVGroupSpec("state", "recurrent", (1,), ()),
+)
+
+
+def buffers() -> InputBuffers:
+    """Four slots; block j of slot s is 10 s + j in the one group, state s + 70 in the other."""
+    made = InputBuffers(ReferenceDevice(0), GROUPS, num_slots=4, max_model_len=16, block_size=BLOCK)
+    made.write_tables([(0, slot, 0, [10 * slot + j for j in range(5)]) for slot in range(4)])
+    made.write_tables([(1, slot, 0, [70 + slot]) for slot in range(4)])
+    return made
+
+
+def gathered(plan: StepPlan, previous: list[int] | None = None) -> StepInputs:
+    plan.num_tokens = sum(plan.lengths)
+    return buffers().gather(plan, torch.tensor(previous or [], dtype=torch.int64).unsqueeze(-1))
+
+
+def test_rows_of_any_length() -> None:
+    """A prompt of three, a token that was sampled before, and a token that is known: each at its own place."""
+    plan = StepPlan(
+        1, slots=[2, 0, 3], starts=[0, 5, 9], lengths=[3, 1, 1], prev_rows=[-1, 1, -1], token_ids=[41, 42, 43, 44]
+    )
+    found = gathered(plan, previous=[91, 92])
+    assert found.token_ids.tolist() == [41, 42, 43, 92, 44]
+    assert found.positions.tolist() == [0, 1, 2, 5, 9]
+    assert found.kv_slots["full"].tolist() == [80, 81, 82, 1 * BLOCK + 1, 32 * BLOCK + 1]
+    assert found.kv_slots["state"].tolist() == [72, 72, 72, 70, 73]
+    layout = found.layouts["full"]
+    assert layout.query_lens.tolist() == [3, 1, 1] and layout.kv_lens.tolist() == [3, 6, 10]
+    assert layout.query_starts.tolist() == found.row_starts.tolist() == [0, 3, 4, 5]
+    assert layout.block_tables.tolist() == [[20, 21, 22], [0, 1, 2], [30, 31, 32]]
+
+
+@pytest.mark.parametrize(
+    ("prev_rows", "token_ids", "expected"),
+    [
+        ([0, 1, 2], [], [91, 92, 93]),
+        ([2, 0, 1], [], [93, 91, 92]),
+        ([0, 1, -1], [55], [91, 92, 55]),
+        ([-1, -1, -1], [5, 6, 7], [5, 6, 7]),
+    ],
+)
+def test_one_token_a_row(prev_rows: list[int], token_ids: list[int], expected: list[int]) -> None:
+    """All go on where they were, some changed places, one came in. Killed by: the short cut taken for rows in another order."""
+    plan = StepPlan(1, slots=[3, 1, 0], starts=[7, 0, 12], lengths=[1, 1, 1], prev_rows=prev_rows, token_ids=token_ids)
+    found = gathered(plan, previous=[91, 92, 93])
+    assert found.token_ids.tolist() == expected
+    assert found.positions.tolist() == [7, 0, 12]
+    assert found.kv_slots["full"].tolist() == [31 * BLOCK + 3, 10 * BLOCK, 3 * BLOCK]
+    layout = found.layouts["full"]
+    assert layout.query_lens.tolist() == [1, 1, 1] and layout.kv_lens.tolist() == [8, 1, 13]
+    assert layout.query_starts.tolist() == [0, 1, 2, 3] and found.row_starts.dtype == np.int32
+
+
+def test_fewer_rows_than_were_sampled() -> None:
+    """The first of two goes on alone. Killed by: every token that was sampled taken for this step's."""
+    found = gathered(StepPlan(1, slots=[3], starts=[7], lengths=[1], prev_rows=[0]), previous=[91, 92])
+    assert found.token_ids.tolist() == [91]
