@@ -140,6 +140,12 @@ async def connected(*stages: Stage, receive_bytes: int | None = None) -> AsyncIt
         await asyncio.sleep(0)
 
 
+async def ask(client: socket.socket, stage: Stage, more: bytes = b"\r\n") -> None:
+    """Send a request, and wait until its stream is there. more: what comes behind the first headers."""
+    await asyncio.get_running_loop().sock_sendall(client, HEAD + more)
+    await stage.begun.wait()
+
+
 async def read_until(client: socket.socket, ending: bytes, heard: bytearray | None = None) -> bytes:
     """What comes up to an ending, or the connection's end."""
     heard = bytearray() if heard is None else heard
@@ -206,8 +212,7 @@ def test_back_pressure() -> None:
     async def test() -> None:
         stage = Stage(num_prompts=2, n=2, send_bytes=4096)
         async with connected(stage, receive_bytes=4096) as client:
-            await asyncio.get_running_loop().sock_sendall(client, HEAD + b"\r\n")
-            await stage.begun.wait()
+            await ask(client, stage)
             heard = bytearray()
             for i in range(300):
                 stage.say(f"{i}{PIECE}"[: 20 * (i % 50)], None if i % 3 else i % 4)  # some tokens bring no text
@@ -230,8 +235,7 @@ def test_a_reader_that_stops() -> None:
     async def test() -> None:
         stage = Stage(write_timeout_s=0.3, send_bytes=4096)
         async with connected(stage, receive_bytes=4096) as client:
-            await asyncio.get_running_loop().sock_sendall(client, HEAD + b"\r\n")
-            await stage.begun.wait()
+            await ask(client, stage)
             most = 0
             async with asyncio.timeout(LIMIT_S):
                 while not stage.ended.is_set():
@@ -255,13 +259,11 @@ def test_bytes_behind_a_request(connection: bytes) -> None:
     async def test() -> None:
         stage = Stage()
         async with connected(stage) as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, HEAD + b"Connection: " + connection + b"\r\n\r\n")
-            await stage.begun.wait()
+            await ask(client, stage, b"Connection: " + connection + b"\r\n\r\n")
             for i in range(100):
                 stage.say(str(i))
                 if i % 10 == 5:
-                    await loop.sock_sendall(client, b"\r\n")
+                    await asyncio.get_running_loop().sock_sendall(client, b"\r\n")
                 await asyncio.sleep(0)
             stage.end()
             check_whole(stage, await read_until(client, b"\r\n0\r\n\r\n"))
@@ -275,9 +277,7 @@ def test_a_connection_that_was_ended() -> None:
     async def test() -> None:
         stage = Stage()
         async with connected(stage) as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, HEAD + b"\r\n")
-            await stage.begun.wait()
+            await ask(client, stage)
             stage.say("a")
             await read_until(client, b'"a"')
             assert stage.transport is not None
@@ -298,9 +298,7 @@ def test_a_client_that_leaves_between_two_writes() -> None:
     async def test() -> None:
         stage = Stage(n=2)
         async with connected(stage) as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, HEAD + b"\r\n")
-            await stage.begun.wait()
+            await ask(client, stage)
             stage.say("a")
             await read_until(client, b'"a"')
             client.close()
@@ -322,9 +320,7 @@ def test_an_answer_that_cannot_be_written() -> None:
         for output in stage.sequences:
             output.logprobs = []
         async with connected(stage) as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, HEAD + b"\r\n")
-            await stage.begun.wait()
+            await ask(client, stage)
             heard = bytearray()
             stage.sequences[0].text, stage.sequences[0].finish_reason = "first", "stop"
             stage.answer.wake()
@@ -346,9 +342,7 @@ def test_comments_between_events() -> None:
         stage = Stage(comment_interval_s=0.05)
         stage.reply = Reply(Job(**(vars_of(stage.reply.job) | {"has_token_ids": False})), "id", None)
         async with connected(stage) as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, HEAD + b"\r\n")
-            await stage.begun.wait()
+            await ask(client, stage)
             stage.say("a")
             heard = bytearray()
             async with asyncio.timeout(LIMIT_S):
@@ -375,14 +369,14 @@ def test_two_streams_on_one_connection() -> None:
     async def test() -> None:
         first, second = Stage(), Stage()
         async with connected(first, second) as client:
-            loop = asyncio.get_running_loop()
-            await loop.sock_sendall(client, (HEAD + b"\r\n") * 2)
-            await first.begun.wait()
+            await ask(client, first, b"\r\n" + HEAD + b"\r\n")
             first.say("one")
             await asyncio.sleep(0)
             assert not second.begun.is_set()
             first.end()
             await second.begun.wait()
+            await first.ended.wait()
+            assert first.answer.on_news is None, "its stream is still held"
             second.say("two")
             await asyncio.sleep(0)
             first.say("late")
@@ -391,7 +385,7 @@ def test_two_streams_on_one_connection() -> None:
             raw = bytearray()
             async with asyncio.timeout(LIMIT_S):
                 while raw.count(b"\r\n0\r\n\r\n") < 2:
-                    raw += await loop.sock_recv(client, 65536)
+                    raw += await asyncio.get_running_loop().sock_recv(client, 65536)
             one, two = bytes(raw).split(b"\r\n0\r\n\r\n")[:2]
             first.sequences[0].text, first.sequences[0].token_ids = "one", [0]
             check_whole(first, one + b"\r\n0\r\n\r\n")

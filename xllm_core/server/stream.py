@@ -196,6 +196,7 @@ class EventStream(Response):
         finally:
             if self._comment_timer is not None:
                 self._comment_timer.cancel()
+            self._answer.on_news = None
             self._serving.abort(self._answer)
             for task in (writer, leaver):
                 task.cancel()
