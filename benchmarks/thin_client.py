@@ -11,6 +11,7 @@ import selectors
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.client import HTTPResponse
 from io import BytesIO
@@ -49,9 +50,9 @@ def stream_all(
     assert parts.hostname is not None and parts.port is not None
     waiting = [_request(parts.netloc, path, body) for body in reversed(bodies)]
     answers: list[bytes] = []
-    with selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector, ExitStack() as stack:
         connections = [
-            _Connection(socket.create_connection((parts.hostname, parts.port)))
+            _Connection(stack.enter_context(socket.create_connection((parts.hostname, parts.port))))
             for _ in range(min(num_clients, len(bodies)))
         ]
         start_s = time.perf_counter()
@@ -71,8 +72,6 @@ def stream_all(
                 if waiting:
                     key.data.sock.sendall(waiting.pop())
         duration_s = time.perf_counter() - start_s
-        for connection in connections:
-            connection.sock.close()
     return duration_s, answers
 
 

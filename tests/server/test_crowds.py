@@ -169,7 +169,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "long prompt": (COMPLETIONS, {"prompt": [70] * 300, "stream": True}),
     "text to tokenize": (COMPLETIONS, {"prompt": "a" * 6000}),
 }
-MOMENTS = ("in the head", "in the body", "at once", "after a moment", "in the answer", "never")
+MOMENTS = ("in the head", "in the body", "at once", "after a moment", "in the answer", "saying more", "never")
 
 
 def cut(server: Server, chance: random.Random) -> tuple[str, str]:
@@ -188,6 +188,10 @@ def cut(server: Server, chance: random.Random) -> tuple[str, str]:
             connection.sendall(data)
         if moment == "after a moment":
             time.sleep(chance.random() * 0.05)
+        elif moment == "saying more":  # behind a last request, while the answer comes
+            connection.recv(1000)
+            connection.sendall(b"more")
+            time.sleep(chance.random() * 0.01)
         elif moment in ("in the answer", "never"):
             left = chance.randrange(1, 4000) if moment == "in the answer" else 1 << 30
             while left > 0 and (piece := connection.recv(min(left, 65536))):

@@ -91,8 +91,8 @@ class ServerProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; a request that is not whole yet runs against the clock."""
-        if self._is_ending:
-            return  # read, so that the client gets to reading its answer
+        if self._is_ending or self.conn.their_state is h11.MUST_CLOSE:
+            return  # read, so that the client gets to reading its answer; behind its last request nothing is one
         super().data_received(data)
         if len(self.conn.trailing_data[0]) < self.max_header_bytes:
             self.flow.resume_reading()  # stopped for a request that waits behind another, it would not notice that the client leaves
@@ -111,6 +111,7 @@ class ServerProtocol(H11Protocol):
         conn = self.conn
         if (
             conn.our_state is not h11.SEND_BODY
+            or self._is_ending  # the end was said already
             or self.transport.is_closing()
             or self.flow.write_paused
             or conn.their_http_version != b"1.1"

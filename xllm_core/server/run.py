@@ -190,10 +190,13 @@ class _Life:
         died = asyncio.create_task(serving.death.wait())
         idle = asyncio.create_task(self._until_idle(table.drain_delay_s, table.shutdown_timeout_s))
         await asyncio.wait((again, died, idle), return_when=asyncio.FIRST_COMPLETED)
+        why = f"the request did not end in time ([server] shutdown_timeout_s = {table.shutdown_timeout_s:g})"
+        if again.done():
+            why = "a second signal ended what was under way"
         for task in (again, died, idle):
             task.cancel()
         if serving.num_unfinished:
-            text = f"the server is shutting down and the request did not end in time ([server] shutdown_timeout_s = {table.shutdown_timeout_s:g})"
+            text = f"the server is shutting down and {why}"
             serving.abort_all(HttpRefusal(text, status=503, code="shutting_down"))
         await self._finish(_FLUSH_S)
         return ENGINE_DIED if serving.failure is not None else 0

@@ -196,6 +196,7 @@ class EventStream(Response):
         finally:
             if self._comment_timer is not None:
                 self._comment_timer.cancel()
+            self._answer.on_news = None
             self._serving.abort(self._answer)
             for task in (writer, leaver):
                 task.cancel()
@@ -244,7 +245,9 @@ class EventStream(Response):
         """Write what is new from where it was told, as long as nothing has to be waited for. False leaves it to the writing task, and so
         do beginnings, ends and errors."""
         answer = self._answer
-        if not (self._is_waiting and self._has_begun) or self._is_silent or self._unsent or answer.error is not None:
+        if not (self._is_waiting and self._has_begun) or self._is_silent or self._unsent:
+            return False
+        if answer.error is not None or self._failure is not None:
             return False
         is_finished = True
         for group in answer.outputs:
@@ -255,11 +258,13 @@ class EventStream(Response):
             return False
         try:
             pieces = b"".join(self._chunks.new())
+            if not pieces:
+                return True
+            if not self._write_part(pieces):
+                self._unsent = pieces
+                return False
         except Exception as error:  # noqa: BLE001  the writing task raises it, and nobody else's tokens wait for that
             self._failure = error
-            return False
-        if pieces and not self._write_part(pieces):
-            self._unsent = pieces
             return False
         self._spoke_s = time.monotonic()
         return True
