@@ -161,6 +161,60 @@ def test_tokens_are_told_though_the_next_step_fails_or_never_tells() -> None:
     executor.close()
 
 
+class IdlingWorker(GatedWorker):
+    """Has three things to do while it waits."""
+
+    def __init__(self, *, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.gate.set()
+        self.left, self.error = 3, error
+        self.is_done = threading.Event()
+
+    def idle(self) -> bool:
+        self._do("idle")
+        if self.error is not None:
+            self.is_done.set()
+            raise self.error
+        self.left -= 1
+        if self.left == 0:
+            self.is_done.set()
+        return self.left > 0
+
+
+def test_a_worker_that_waits_does_what_is_left_to_do() -> None:
+    """A piece at a time, by its own thread, until nothing is left; steps come before and behind. Red if it is asked again and again."""
+    worker = IdlingWorker()
+    executor = ThreadExecutor(worker)
+    assert hand_over(executor, 0).result().token_ids == [(0,)]
+    assert worker.is_done.wait(LONG_S)
+    assert hand_over(executor, 1).result().token_ids == [(1,)]
+    executor.close()
+    steps = [what for what in worker.calls if what != "idle"]
+    assert steps == ["execute 0", "sample 0", "execute 1", "sample 1", "close"] and len(worker.threads) == 1
+    assert worker.calls.count("idle") <= 4, "three pieces, and perhaps a look whether there are more"
+
+
+def test_a_step_does_not_wait_for_all_that_is_left() -> None:
+    """Between two pieces the worker looks for steps. Red if it goes on while one waits."""
+    worker = IdlingWorker()
+    worker.left = 1 << 60
+    executor = ThreadExecutor(worker)
+    while "idle" not in worker.calls:
+        time.sleep(0.001)
+    assert hand_over(executor, 0).result().token_ids == [(0,)]
+    executor.close()
+
+
+def test_what_fails_while_nothing_runs_is_raised_by_the_next_step() -> None:
+    """It ends the engine, as a step that fails does."""
+    worker = IdlingWorker(error=MemoryError("no pages"))
+    executor = ThreadExecutor(worker)
+    assert worker.is_done.wait(LONG_S)
+    with pytest.raises(MemoryError, match="no pages"):
+        hand_over(executor, 0).result()
+    executor.close()
+
+
 @pytest.mark.parametrize("where", ["execute 1", "sample 1"])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit(3)])
 def test_an_error_is_raised_where_the_result_is_asked_for(where: str, error: BaseException) -> None:

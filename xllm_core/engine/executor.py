@@ -15,6 +15,9 @@ from xllm_core.types import StepPlan, StepResult, StepTimes
 
 T = TypeVar("T")
 
+IDLE_AFTER_S = 0.01
+"""Without a step to compute: longer than an engine that has requests needs to plan one."""
+
 
 class StepHandle(Protocol):
     """A forward under way. times: whole when the result of the step is there, not before."""
@@ -52,6 +55,14 @@ class TellingWorker(StepWorker, Protocol):
     """
 
     on_launch: Callable[[], None]
+
+
+@runtime_checkable
+class IdleWorker(StepWorker, Protocol):
+    """A `StepWorker` that has something to do while no step is to be computed."""
+
+    def idle(self) -> bool:
+        """Do a little of it, a millisecond or so: a step may come. False if nothing is left for now."""
 
 
 class Executor(Protocol):
@@ -272,12 +283,13 @@ class _Driver:
 
     def attach(self, worker: StepWorker) -> None:
         self.worker = worker
+        self.jobs.put(_Call(lambda: None))  # the thread looks who its worker is
         self._is_telling = isinstance(worker, TellingWorker)
         if isinstance(worker, TellingWorker):
             worker.on_launch = self._pay
 
     def run(self) -> None:
-        while (job := self.jobs.get()) is not None:
+        while (job := self._next()) is not None:
             if self._failure is None:
                 try:
                     job.run(self.worker)  # type: ignore[arg-type]
@@ -296,6 +308,22 @@ class _Driver:
         except BaseException as error:  # noqa: BLE001  raised again by the caller of `close`
             self.close_error = error
         self.worker = None  # which knows this object: without a cycle it is gone as soon as nobody asks for it
+
+    def _next(self) -> _ThreadHandle | _ThreadFuture | _Call[Any] | None:
+        """The next job; while there is none, a worker may do what else it has to do."""
+        if not isinstance(worker := self.worker, IdleWorker) or self._failure is not None:
+            return self.jobs.get()
+        try:
+            return self.jobs.get(timeout=IDLE_AFTER_S)
+        except queue.Empty:
+            pass
+        try:
+            while self.jobs.empty() and worker.idle():
+                pass
+        except BaseException as error:  # noqa: BLE001  as of a step: raised where the next result is asked for
+            self._failure = error
+        del worker  # it may be closed, and gone, before there is another job
+        return self.jobs.get()
 
     def _pay(self) -> None:
         owed, self._owed = self._owed, None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from xllm_core.errors import ConfigError
-from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.device import DeviceBackend, LazyMemoryDevice
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVTensorSpec
 from xllm_core.runtime.dtypes import torch_dtype
 
@@ -71,3 +71,64 @@ class KVCache:
             size = target.numel() * target.element_size()
             target.copy_(data[at : at + size].view(tensor.dtype).reshape(target.shape))
             at += size
+
+
+MOST_AHEAD_BYTES = 256 << 20
+LEAST_AHEAD_BYTES = 16 << 20
+_PIECE_BYTES = 2 << 20
+
+
+class PagesAhead:
+    """Memory of blocks that come next, asked of the system while nothing else is to be done: a step that writes a page first waits for it.
+
+    Blocks are handed out from 0 on, so what was handed out tells what comes next. As much again as was used is got ready, between
+    `LEAST_AHEAD_BYTES` and `MOST_AHEAD_BYTES`: an idle server takes little memory that nobody asked for.
+    """
+
+    def __init__(self, device: LazyMemoryDevice, cache: KVCache, geometry: KVGeometry) -> None:
+        self._device = device
+        self._groups = [
+            _GroupPages(cache.tensors(i), num_blocks, bytes_of_one)
+            for i, (num_blocks, bytes_of_one) in enumerate(zip(geometry.num_blocks, geometry.block_bytes, strict=True))
+        ]
+
+    def use(self, group: int, block_ids: Sequence[int]) -> None:
+        """These blocks were handed out."""
+        pages = self._groups[group]
+        pages.num_used = max(pages.num_used, 1 + max(block_ids, default=-1))
+
+    def get_some(self) -> bool:
+        """Get a piece, which takes a millisecond at most. False if nothing is left to do for now."""
+        part = next((part for pages in self._groups if (part := pages.next_part()) is not None), None)
+        if part is not None:
+            self._device.populate(part)
+        return part is not None
+
+
+class _GroupPages:
+    """num_used: blocks that were handed out, from 0 on. Blocks before `_first` are ready, and those of the piece at hand in some tensors."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], num_blocks: int, bytes_of_one: int) -> None:
+        self.num_used = 0
+        self._tensors, self._num_blocks, self._bytes_of_one = tensors, num_blocks, max(1, bytes_of_one)
+        largest = max((t[:1].numel() * t.element_size() for t in tensors), default=1)
+        self._per_piece = max(1, _PIECE_BYTES // max(1, largest))
+        self._first = self._past = 0
+        self._rest: list[torch.Tensor] = []
+
+    def next_part(self) -> torch.Tensor | None:
+        """Of one tensor, what to get next."""
+        if not self._rest:
+            self._first = max(self._past, self.num_used)
+            self._past = min(self._first + self._per_piece, self._wanted())
+            if self._past <= self._first:
+                self._past = self._first
+                return None
+            self._rest = list(self._tensors)
+        return self._rest.pop()[self._first : self._past]
+
+    def _wanted(self) -> int:
+        """Blocks that should be ready, from 0 on."""
+        in_use = self.num_used * self._bytes_of_one
+        ahead = min(max(in_use, LEAST_AHEAD_BYTES), MOST_AHEAD_BYTES)
+        return min(self._num_blocks, self.num_used + ahead // self._bytes_of_one)

@@ -9,14 +9,14 @@ from typing import cast
 
 from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.attention import AttentionKernel
-from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.device import DeviceBackend, LazyMemoryDevice
 from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel
 from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
 from xllm_core.plugins.contracts.model import Model
 from xllm_core.plugins.contracts.sampling import LogitsProcessor, Sampler
 from xllm_core.runtime.graphs import GraphStats, StepGraphs
 from xllm_core.runtime.inputs import InputBuffers
-from xllm_core.runtime.kv_cache import KVCache
+from xllm_core.runtime.kv_cache import KVCache, PagesAhead
 from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
 from xllm_core.runtime.sampling_state import SamplingState
 from xllm_core.types import StepPlan, StepResult
@@ -40,7 +40,7 @@ class WorkerParts:
 
 
 class Worker:
-    """Runs plans in order on one device. Owned and called by one thread; an `engine.executor.TellingWorker`."""
+    """Runs plans in order on one device. Owned and called by one thread; a `TellingWorker` and an `IdleWorker` of `engine.executor`."""
 
     def __init__(
         self,
@@ -73,12 +73,18 @@ class Worker:
             sampling=sampling, copy_blocks=parts.copy_blocks, graphs=graphs,
         )  # fmt: skip
         self._mover: KVMover | None = store.mover(self.cache) if store is not None else None
+        self._pages = (
+            PagesAhead(parts.device, self.cache, geometry) if isinstance(parts.device, LazyMemoryDevice) else None
+        )
         self.on_launch: Callable[[], None] = lambda: None
 
     def execute(self, plan: StepPlan) -> RunnerHandle:
         """Apply the plan's state changes, start its KV transfers, run its forward. Transfers touch leased blocks only."""
         started_s = time.perf_counter()
         self._runner.apply(plan)
+        if self._pages is not None:
+            for group, _, _, block_ids in plan.kv.table_writes:
+                self._pages.use(group, block_ids)
         if plan.kv.transfers:
             if self._mover is None:
                 raise ConfigError("a plan moves KV blocks to a store, and this worker has none")
@@ -87,6 +93,10 @@ class Worker:
         handle = self._runner.forward(plan, self.on_launch)
         handle.times.prepare_s += applied_s
         return handle
+
+    def idle(self) -> bool:
+        """As `engine.executor.IdleWorker`."""
+        return self._pages is not None and self._pages.get_some()
 
     def sample(self, handle: RunnerHandle) -> StepResult:
         """Choose tokens; report transfers that ended."""

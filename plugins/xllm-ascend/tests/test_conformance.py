@@ -13,6 +13,7 @@ PARTS = (
 )  # fmt: skip
 
 NOT_HERE = (
+    "gives memory its pages at once",
     "promise rows",
     "records no graphs",
     "no plans that stay in place",

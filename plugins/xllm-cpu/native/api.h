@@ -72,6 +72,9 @@ XLLM_API int xllm_rope_kv_write(
     int64_t num_slots, int is_bf16);
 XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer);
 
+// Have the system give the pages of some memory, which keeps what it holds.
+XLLM_API void xllm_populate(void* memory, int64_t num_bytes);
+
 // out = a + b, all contiguous: [rows][size].
 XLLM_API int xllm_add(const void* a, const void* b, void* out, int64_t rows, int64_t size, int is_bf16);
 

@@ -225,6 +225,13 @@ int xllm_kv_write(const void* x, int64_t ldx, void* cache, const int64_t* slots,
   return 0;
 }
 
+void xllm_populate(void* memory, int64_t num_bytes) {
+  constexpr int64_t PAGE = 4096;
+  auto* bytes = static_cast<unsigned char*>(memory);
+  for (int64_t at = 0; at < num_bytes; at += PAGE - static_cast<int64_t>((reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(at)) % PAGE))
+    __atomic_fetch_or(bytes + at, static_cast<unsigned char>(0), __ATOMIC_RELAXED);
+}
+
 // All sources are read into `buffer` [count][block_bytes] before any destination is written.
 int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer) {
   if (const int bad = first_outside(from, count, 0, num_blocks)) return bad;

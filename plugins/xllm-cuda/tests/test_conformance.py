@@ -24,6 +24,7 @@ PARTS = {
 }  # fmt: skip
 
 NOT_HERE = (
+    "gives memory its pages at once",
     "does not promise rows",
     "it moves values",
     "not in bfloat16",

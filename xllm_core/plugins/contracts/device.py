@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -66,3 +66,11 @@ class DeviceBackend(Protocol):
 
     def set_num_threads(self, count: int) -> None:
         """What `[device] num_threads` asks for, before anything runs; raises ConfigError where the device has no say in it."""
+
+
+@runtime_checkable
+class LazyMemoryDevice(DeviceBackend, Protocol):
+    """A `DeviceBackend` whose allocations get their pages when they are first written, which then takes longer than the writing."""
+
+    def populate(self, tensor: torch.Tensor) -> None:
+        """Get those of a contiguous part of an allocation now. What it holds stays."""

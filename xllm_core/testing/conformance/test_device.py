@@ -149,6 +149,24 @@ def test_capture_equals_eager(part: Part, device: DeviceBackend, xllm_kit: Kit, 
         assert row.has_passed, f"{dtype}: {row.differences or f'{row.activity} steps were replayed'}"
 
 
+def test_populated_memory_keeps_what_it_holds(part: Part, device: DeviceBackend) -> None:
+    """Pages that are asked for early are those of the part, and neither it nor what lies around it changes."""
+    import torch
+
+    from xllm_core.plugins.contracts.device import LazyMemoryDevice
+
+    if not isinstance(device, LazyMemoryDevice):
+        pytest.skip(f"{device.facts().name} gives memory its pages at once")
+    tensor = device.allocate((5000, 7), _dtype(device))
+    tensor[1000:3000] = 3
+    device.populate(tensor[2000:4000])
+    device.populate(tensor[:0])
+    device.synchronize()
+    expected = torch.zeros_like(tensor)
+    expected[1000:3000] = 3
+    assert torch.equal(tensor, expected)
+
+
 def _dtype(device: DeviceBackend) -> torch.dtype:
     from xllm_core.runtime.dtypes import torch_dtype
 

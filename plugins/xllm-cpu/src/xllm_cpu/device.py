@@ -29,7 +29,7 @@ _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if h
 
 
 class CpuDevice:
-    """The CPU as a `GraphDevice`. Work is synchronous; memory is the process's own.
+    """The CPU as a `GraphDevice` and a `LazyMemoryDevice`. Work is synchronous; memory is the process's own.
 
     index: must be 0. isa: instruction set of the kernels. torch is given one thread: its own would wait in a loop beside ours, and what the
     core leaves to it between two of our ops is small.
@@ -83,6 +83,10 @@ class CpuDevice:
             first = -(pages.ctypes.data + _HEAD) % _HUGE  # a huge page begins where one may begin
             memory.madvise(mmap.MADV_HUGEPAGE, first + _HEAD, (num_bytes - _HEAD) // _HUGE * _HUGE)
         return torch.from_numpy(pages[first : first + num_bytes]).view(dtype).view(tuple(shape))
+
+    def populate(self, tensor: torch.Tensor) -> None:
+        """As `LazyMemoryDevice`."""
+        self.native.populate(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
     def packed_weight(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory for one weight, beside those before it in huge pages: a step reads all of them, and small pages cost more to find than to read."""

@@ -39,6 +39,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
     "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
     "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
+    "populate": (None, [_P, _I64]),
     "attention_lay_out": (_I64, [*[_P] * 4, *[_I64] * 4, _I32]),
     "attention": (_I32, [_P, _P, _P, _P, _P]),
     "add": (_I32, [_P, _P, _P, _I64, _I64, _I32]),
