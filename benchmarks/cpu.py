@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.arms import Arm
-from benchmarks.machine import conditions, read_bandwidth_gb_s
+from benchmarks.machine import SETTLE_S, conditions, read_bandwidth_gb_s
 from benchmarks.pairs import interleave, summarise
 
 WEIGHT_BYTES = 269e6
@@ -99,6 +99,7 @@ def measure(
     values, limits, probes = [], [], []
     play()
     for _ in range(num_rounds):
+        time.sleep(SETTLE_S)
         read, peak = read_bandwidth_gb_s(), peak_gflops()
         probes.append((read, peak))
         values.append(play())

@@ -7,6 +7,10 @@ import platform
 import time
 from typing import Any
 
+SETTLE_S = 0.5
+"""After every round of an engine, outside of what is measured: what it has put off until nothing runs (ours gets pages for its next tokens) must
+not fall into the next engine's round, or into a probe of the machine."""
+
 _PROBE_BYTES = 256 << 20  # well beyond any cache
 _PASSES = 5
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from benchmarks.machine import SETTLE_S
 
 _RESAMPLES = 5000
 
@@ -21,12 +24,16 @@ class Ratio:
 
 
 def interleave(ours: Callable[[int], float], theirs: Callable[[int], float], num_pairs: int) -> Ratio:
-    """Run pairs; each arm returns a figure of which more is better. Which arm goes first alternates, so that drift hits both alike."""
+    """Run pairs; each arm returns a figure of which more is better, and has `SETTLE_S` after its turn.
+
+    Which arm goes first alternates, so that drift hits both alike.
+    """
     a: list[float] = []
     b: list[float] = []
     for i in range(num_pairs):
         for arm, kept in ((ours, a), (theirs, b)) if i % 2 == 0 else ((theirs, b), (ours, a)):
             kept.append(arm(i))
+            time.sleep(SETTLE_S)
     return summarise(a, b)
 
 

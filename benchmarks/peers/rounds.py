@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 from tqdm import tqdm
 
 from benchmarks.cpu import peak_gflops
-from benchmarks.machine import read_bandwidth_gb_s
+from benchmarks.machine import SETTLE_S, read_bandwidth_gb_s
 from benchmarks.peers.comparison import START, Row
 from benchmarks.peers.engines import Engine, Places
 from benchmarks.peers.installs import AbsentError
@@ -140,6 +140,7 @@ class Bench:
             use = read_use([session.pid])
             turn = work.play(session, work.shape, self.seed)
             foreign = foreign_cores(use, read_use([session.pid]))
+            time.sleep(SETTLE_S)
         finally:
             session.pause()
         return Row(work.name, number, name, turn.value, dict(turn.details), foreign_cores=round(foreign, 3))

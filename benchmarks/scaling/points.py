@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -9,7 +10,7 @@ from typing import Any
 
 from benchmarks.arms import Arm
 from benchmarks.cpu import peak_gflops
-from benchmarks.machine import read_bandwidth_gb_s
+from benchmarks.machine import SETTLE_S, read_bandwidth_gb_s
 from benchmarks.scaling.costs import Costs, Limit
 
 DECODE, PREFILL, CONTEXT = "decode", "prefill", "context"
@@ -120,6 +121,7 @@ class Bench:
             for size in rotated(self.sizes.of(curve), number):
                 played.append((size, *self._play(curve, size)))
                 on_point()
+            time.sleep(SETTLE_S)
             after = self.probe()
             read, peak = ((a + b) / 2 for a, b in zip(before, after, strict=True))
             before = after
