@@ -280,10 +280,12 @@ class _Driver:
         self._failure: BaseException | None = None
         self._owed: _ThreadFuture | None = None
         self._is_telling = False
+        self._idle: Callable[[], bool] | None = None
 
     def attach(self, worker: StepWorker) -> None:
         self.worker = worker
         self.jobs.put(_Call(lambda: None))  # the thread looks who its worker is
+        self._idle = worker.idle if isinstance(worker, IdleWorker) else None
         self._is_telling = isinstance(worker, TellingWorker)
         if isinstance(worker, TellingWorker):
             worker.on_launch = self._pay
@@ -307,22 +309,23 @@ class _Driver:
                 self.worker.close()
         except BaseException as error:  # noqa: BLE001  raised again by the caller of `close`
             self.close_error = error
-        self.worker = None  # which knows this object: without a cycle it is gone as soon as nobody asks for it
+        self.worker = self._idle = (
+            None  # which knows this object: without a cycle it is gone as soon as nobody asks for it
+        )
 
     def _next(self) -> _ThreadHandle | _ThreadFuture | _Call[Any] | None:
         """The next job; while there is none, a worker may do what else it has to do."""
-        if not isinstance(worker := self.worker, IdleWorker) or self._failure is not None:
+        if self._idle is None or self._failure is not None:
             return self.jobs.get()
         try:
             return self.jobs.get(timeout=IDLE_AFTER_S)
         except queue.Empty:
             pass
         try:
-            while self.jobs.empty() and worker.idle():
+            while self.jobs.empty() and self._idle():
                 pass
         except BaseException as error:  # noqa: BLE001  as of a step: raised where the next result is asked for
             self._failure = error
-        del worker  # it may be closed, and gone, before there is another job
         return self.jobs.get()
 
     def _pay(self) -> None:

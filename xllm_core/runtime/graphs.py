@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,9 +50,18 @@ class GraphStats:
 
 @dataclass(slots=True)
 class _Recorded:
+    """parts: the first rows of the result, by their number: to cut them out takes longer than to look them up."""
+
     graph: Graph
     result: torch.Tensor
     plans: Mapping[str, Any]
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def first(self, num_tokens: int) -> torch.Tensor:
+        found = self.parts.get(num_tokens)
+        if found is None:
+            found = self.parts[num_tokens] = self.result[:num_tokens]
+        return found
 
 
 class StepGraphs:
@@ -115,13 +124,13 @@ class StepGraphs:
             if found is None:
                 return None
             recorded[bucket] = found
-            return found.result[:num_tokens]
+            return found.first(num_tokens)
         refill(found.plans, inputs)
         on_launch()
         found.graph.replay(num_tokens)
         self.stats.num_replays += 1
         self.stats.padded_rows += bucket - num_tokens
-        return found.result[:num_tokens]
+        return found.first(num_tokens)
 
     def _load(self, inputs: StepInputs, num_rows: int, bucket: int) -> None:
         self._token_ids[:num_rows] = inputs.token_ids

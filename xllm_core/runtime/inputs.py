@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,8 @@ class InputBuffers:
             positions = np.repeat(starts - row_starts[:-1], lengths) + np.arange(num_tokens, dtype=np.int64)
             token_slots = np.repeat(slots, lengths)
         token_ids = self._tokens(plan, row_starts, previous)
-        kv_slots, layouts = self._layouts(slots, starts, lengths, row_starts, positions, token_slots)
+        longest = max(map(add, plan.starts, plan.lengths))
+        kv_slots, layouts = self._layouts(slots, starts, lengths, row_starts, positions, token_slots, longest)
         to_device = self._device.to_device
         return StepInputs(token_ids, to_device(torch.from_numpy(positions)), kv_slots, layouts, row_starts)
 
@@ -102,11 +104,11 @@ class InputBuffers:
 
     def _layouts(
         self, slots: npt.NDArray[np.int64], starts: Ints, lengths: Ints, row_starts: Ints, positions: npt.NDArray[np.int64],
-        token_slots: npt.NDArray[np.int64],
+        token_slots: npt.NDArray[np.int64], longest: int,
     ) -> tuple[dict[str, torch.Tensor], dict[str, BatchLayout]]:  # fmt: skip
         size = self._block_size
         kv_lens = starts + lengths
-        width = -(-int(kv_lens.max()) // size)
+        width = -(-longest // size)
         query_lens_t, kv_lens_t, starts_t = (
             torch.from_numpy(lengths),
             torch.from_numpy(kv_lens),
