@@ -21,6 +21,7 @@ FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 """Per instruction set; the first is for any processor, the others for x86-64."""

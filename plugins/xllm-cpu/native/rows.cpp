@@ -138,6 +138,8 @@ using namespace xllm;
 const char* xllm_isa() {
 #if defined(__AVX512BF16__)
   return "avx512_bf16";
+#elif defined(__AVX512VNNI__)
+  return "avx512_vnni";
 #elif defined(__AVX512F__)
   return "avx512";
 #elif defined(__AVX2__)

@@ -11,6 +11,7 @@ _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 NEEDS: dict[str, frozenset[str]] = {
     "avx512_bf16": _AVX512 | {"avx512_bf16", "avx512_vnni"},
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
     "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": frozenset(),

@@ -12,7 +12,7 @@ class CpuTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    isa: Literal["auto", "portable", "avx2", "avx512", "avx512_bf16"] = Field(
+    isa: Literal["auto", "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"] = Field(
         "auto",
         description="Instruction set of the kernels; `auto` takes the best that the processor has. The others are for comparing.",
     )
