@@ -41,14 +41,8 @@ class InputBuffers:
     """Host state of all slots of one worker. Not thread-safe; owned by the model runner."""
 
     def __init__(
-        self,
-        device: DeviceBackend,
-        groups: Sequence[KVGroupSpec],
-        *,
-        num_slots: int,
-        max_model_len: int,
-        block_size: int,
-    ) -> None:
+        self, device: DeviceBackend, groups: Sequence[KVGroupSpec], *, num_slots: int, max_model_len: int, block_size: int,
+    ) -> None:  # fmt: skip
         self._device = device
         self._groups = tuple(groups)
         self._block_size = block_size
@@ -109,11 +103,7 @@ class InputBuffers:
         size = self._block_size
         kv_lens = starts + lengths
         width = -(-longest // size)
-        query_lens_t, kv_lens_t, starts_t = (
-            torch.from_numpy(lengths),
-            torch.from_numpy(kv_lens),
-            torch.from_numpy(row_starts),
-        )
+        shared = (torch.from_numpy(lengths), torch.from_numpy(kv_lens), torch.from_numpy(row_starts))
         kv_slots: dict[str, torch.Tensor] = {}
         layouts: dict[str, BatchLayout] = {}
         for spec, table in zip(self._groups, self._tables, strict=True):
@@ -123,5 +113,5 @@ class InputBuffers:
                 index = positions // size
                 flat = table[token_slots, index].astype(np.int64) * size + (positions - index * size)
             kv_slots[spec.name] = self._device.to_device(torch.from_numpy(flat))
-            layouts[spec.name] = BatchLayout(query_lens_t, kv_lens_t, starts_t, torch.from_numpy(table[slots, :width]))
+            layouts[spec.name] = BatchLayout(*shared, torch.from_numpy(table[slots, :width]))
         return kv_slots, layouts

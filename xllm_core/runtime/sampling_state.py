@@ -124,7 +124,4 @@ class SamplingState:
 
 
 def _mark(slots: set[int], slot: int, is_in: bool) -> None:
-    if is_in:
-        slots.add(slot)
-    else:
-        slots.discard(slot)
+    (slots.add if is_in else slots.discard)(slot)

@@ -43,24 +43,14 @@ class Worker:
     """Runs plans in order on one device. Owned and called by one thread; a `TellingWorker` and an `IdleWorker` of `engine.executor`."""
 
     def __init__(
-        self,
-        parts: WorkerParts,
-        geometry: KVGeometry,
-        *,
-        num_slots: int,
-        max_model_len: int,
-        store: KVStore | None = None,
-    ) -> None:
+        self, parts: WorkerParts, geometry: KVGeometry, *, num_slots: int, max_model_len: int, store: KVStore | None = None,
+    ) -> None:  # fmt: skip
         self.device = parts.device
         self.cache = KVCache(parts.device, geometry)
         parts.bind_kv(self.cache)
         inputs = InputBuffers(
-            parts.device,
-            geometry.groups,
-            num_slots=num_slots,
-            max_model_len=max_model_len,
-            block_size=geometry.block_size,
-        )
+            parts.device, geometry.groups, num_slots=num_slots, max_model_len=max_model_len, block_size=geometry.block_size,
+        )  # fmt: skip
         sampling = SamplingState(parts.device, parts.processors, num_slots=num_slots)
         graphs = None
         if parts.has_graphs:
