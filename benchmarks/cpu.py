@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.arms import Arm
-from benchmarks.machine import SETTLE_S, conditions, read_bandwidth_gb_s
+from benchmarks.machine import SETTLE_S, conditions, read_bandwidth_gb_s, use_all_cores
 from benchmarks.pairs import interleave, summarise
 
 WEIGHT_BYTES = 269e6
@@ -144,6 +144,7 @@ def peak_gflops() -> float:
     """Best of a few products of 1,024 cubed in bfloat16, by torch."""
     import torch
 
+    use_all_cores()
     a, b = (torch.randn(1024, 1024).to(torch.bfloat16) for _ in range(2))
     best = 0.0
     for _ in range(12):

@@ -15,10 +15,18 @@ _PROBE_BYTES = 256 << 20  # well beyond any cache
 _PASSES = 5
 
 
+def use_all_cores() -> None:
+    """Before a probe: whoever made a CPU device in this process has left torch one thread."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def read_bandwidth_gb_s() -> float:
     """Best of a few sequential reads of 256 MiB by all torch threads, in GB/s."""
     import torch
 
+    use_all_cores()
     data = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32)
     best = 0.0
     for _ in range(_PASSES):
