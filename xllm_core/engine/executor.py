@@ -309,9 +309,8 @@ class _Driver:
                 self.worker.close()
         except BaseException as error:  # noqa: BLE001  raised again by the caller of `close`
             self.close_error = error
-        self.worker = self._idle = (
-            None  # which knows this object: without a cycle it is gone as soon as nobody asks for it
-        )
+        # The worker knows this object: without a cycle it is gone as soon as nobody asks for it.
+        self.worker = self._idle = None
 
     def _next(self) -> _ThreadHandle | _ThreadFuture | _Call[Any] | None:
         """The next job; while there is none, a worker may do what else it has to do."""
