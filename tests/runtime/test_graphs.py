@@ -130,7 +130,9 @@ def test_whoever_waits_for_a_launch_is_called_when_all_is_laid_out() -> None:
     graphs, device, _ = make()
     graphs.logits(inputs(7, 8), nobody)
     seen = []
-    graphs.logits(inputs(1, 2), lambda: seen.append((list(device.graphs[0].asked), graphs._token_ids[:2].tolist())))
+    graphs.logits(
+        inputs(1, 2), lambda: seen.append((list(device.graphs[0].asked), graphs.resident.token_ids[:2].tolist()))
+    )
     assert seen == [([], [1, 2])] and device.graphs[0].asked == [2]
 
 

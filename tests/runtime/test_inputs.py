@@ -8,7 +8,7 @@ import torch
 
 from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.runtime.inputs import InputBuffers, StepInputs
+from xllm_core.runtime.inputs import InputBuffers, ResidentInputs, StepInputs
 from xllm_core.types import StepPlan
 
 BLOCK = 4
@@ -28,7 +28,7 @@ def buffers() -> InputBuffers:
 
 def gathered(plan: StepPlan, previous: list[int] | None = None) -> StepInputs:
     plan.num_tokens = sum(plan.lengths)
-    return buffers().gather(plan, torch.tensor(previous or [], dtype=torch.int64).unsqueeze(-1))
+    return buffers().gather(plan, torch.tensor(previous or [], dtype=torch.int64), previous or [])
 
 
 def test_rows_of_any_length() -> None:
@@ -72,3 +72,77 @@ def test_fewer_rows_than_were_sampled() -> None:
     """The first of two goes on alone. Killed by: every token that was sampled taken for this step's."""
     found = gathered(StepPlan(1, slots=[3], starts=[7], lengths=[1], prev_rows=[0]), previous=[91, 92])
     assert found.token_ids.tolist() == [91]
+
+
+def step(starts: list[int], sampled: list[int]) -> StepPlan:
+    """Slots 3, 1 and 0 at these positions, each going on with what it was sampled."""
+    return StepPlan(
+        1, slots=[3, 1, 0], starts=starts, lengths=[1] * 3, prev_rows=list(range(len(sampled))), num_tokens=3
+    )
+
+
+def resident() -> ResidentInputs:
+    """Room for five rows, full of something else."""
+    token_ids, positions, full, state = (torch.full((5,), -7, dtype=torch.int64) for _ in range(4))
+    return ResidentInputs(token_ids, positions, {"state": state, "full": full})
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_steps_that_follow_each_other_are_those_that_would_be_gathered(is_resident: bool) -> None:
+    """Nine positions: rows begin blocks, tables change beside and outside what the step has of them, and become wider.
+
+    Killed by: a row that begins a block where the last one ended, a table write that the step at hand does not see, one that is seen in another row,
+    and tables that stay as narrow as they were.
+    """
+    made = buffers()
+    made.resident = resident() if is_resident else None
+    starts, sampled = [5, 2, 0], [11, 12, 13]
+    made.gather(step(starts, sampled), torch.tensor(sampled), sampled)
+    for i in range(9):
+        if (
+            i == 3
+        ):  # slot 1 gets another block where it is now, slot 2 has no row, and slot 0 gets one that it reaches later
+            made.write_tables([(0, 1, 1, [600]), (0, 2, 1, [700]), (0, 0, 2, [800, 801])])
+        starts, sampled = [start + 1 for start in starts], [token + 10 for token in sampled]
+        found = made.gather(step(starts, sampled), torch.tensor(sampled), sampled)
+        afresh = buffers()
+        if i >= 3:
+            afresh.write_tables([(0, 1, 1, [600]), (0, 2, 1, [700]), (0, 0, 2, [800, 801])])
+        wanted = afresh.gather(step(starts, sampled), torch.tensor(sampled), sampled)
+        assert found.is_resident == is_resident
+        assert found.token_ids.tolist() == wanted.token_ids.tolist() == sampled
+        assert found.positions.tolist() == wanted.positions.tolist() == starts
+        assert {name: slots.tolist() for name, slots in found.kv_slots.items()} == {
+            name: slots.tolist() for name, slots in wanted.kv_slots.items()
+        }
+        for name, layout in wanted.layouts.items():
+            same, width = found.layouts[name], layout.block_tables.shape[1]
+            assert same.kv_lens.tolist() == layout.kv_lens.tolist()
+            assert same.query_starts.tolist() == layout.query_starts.tolist()
+            assert same.block_tables[:, :width].tolist() == layout.block_tables.tolist()
+
+
+def test_other_rows_are_gathered_anew() -> None:
+    """Places changed, a row gone, a token that is known: none is the successor of what was there. Killed by: any of the three taken for it."""
+    for plan, wanted in [
+        (StepPlan(1, slots=[1, 3, 0], starts=[3, 6, 1], lengths=[1] * 3, prev_rows=[1, 0, 2], num_tokens=3), [3, 6, 1]),
+        (StepPlan(1, slots=[3, 0], starts=[6, 1], lengths=[1] * 2, prev_rows=[0, 2], num_tokens=2), [6, 1]),
+        (
+            StepPlan(
+                1, slots=[3, 1, 0], starts=[6, 0, 1], lengths=[1] * 3, prev_rows=[0, -1, 2], token_ids=[5], num_tokens=3
+            ),
+            [6, 0, 1],
+        ),
+    ]:
+        made = buffers()
+        made.gather(step([5, 2, 0], [1, 2, 3]), torch.tensor([1, 2, 3]), [1, 2, 3])
+        assert made.gather(plan, torch.tensor([1, 2, 3]), [1, 2, 3]).positions.tolist() == wanted
+
+
+def test_a_state_that_moves_is_seen() -> None:
+    """A recurrent group's table changes between two steps. Killed by: the slots of the step before kept."""
+    made = buffers()
+    made.gather(step([5, 2, 0], [1, 2, 3]), torch.tensor([1, 2, 3]), [1, 2, 3])
+    made.write_tables([(1, 1, 0, [99])])
+    found = made.gather(step([6, 3, 1], [1, 2, 3]), torch.tensor([1, 2, 3]), [1, 2, 3])
+    assert found.kv_slots["state"].tolist() == [73, 99, 70]

@@ -19,7 +19,7 @@ from xllm_core.plugins.contracts.attention import AttentionKernel
 from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.graphs import Graph, GraphDevice, GraphKernel, NotCapturableError, RaggedGraphKernel
 from xllm_core.plugins.contracts.model import ForwardContext, Model
-from xllm_core.runtime.inputs import StepInputs
+from xllm_core.runtime.inputs import ResidentInputs, StepInputs
 from xllm_core.types import StepPlan
 
 log = logging.getLogger("xllm.engine")
@@ -82,9 +82,9 @@ class StepGraphs:
         self._ragged = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, RaggedGraphKernel)}
         self._most_ragged = RAGGED_BUCKETS[-1] if len(self._ragged) == len(kernels) else 0
         most = max(self._buckets[-1], self._most_ragged)
-        self._token_ids = device.allocate((most,), torch.int64)
-        self._positions = device.allocate((most,), torch.int64)
-        self._kv_slots = {group: device.allocate((most,), torch.int64) for group in kernels}
+        token_ids, positions, *slots = (device.allocate((most,), torch.int64) for _ in range(2 + len(kernels)))
+        self.resident = ResidentInputs(token_ids, positions, dict(zip(kernels, slots, strict=True)))
+        self._filled = (0, 0)
 
     def covers(self, plan: StepPlan) -> bool:
         """Whether a plan is a decode step, and graphs can still be had."""
@@ -120,7 +120,8 @@ class StepGraphs:
         self._load(inputs, num_tokens, bucket)
         found = recorded.get(bucket)
         if found is None:
-            found = self._record(inputs, bucket, refill, forward)
+            with torch.no_grad():  # not inference mode: that takes too long to enter for every replay, and what is made in it cannot leave it
+                found = self._record(inputs, bucket, refill, forward)
             if found is None:
                 return None
             recorded[bucket] = found
@@ -133,15 +134,18 @@ class StepGraphs:
         return found.first(num_tokens)
 
     def _load(self, inputs: StepInputs, num_rows: int, bucket: int) -> None:
-        self._token_ids[:num_rows] = inputs.token_ids
-        self._positions[:num_rows] = inputs.positions
-        for group, slots in self._kv_slots.items():
-            slots[:num_rows] = inputs.kv_slots[group]
-        if num_rows < bucket:
-            self._token_ids[num_rows:bucket] = 0
-            self._positions[num_rows:bucket] = 0
-            for slots in self._kv_slots.values():
+        kept = self.resident
+        if not inputs.is_resident:
+            kept.token_ids[:num_rows] = inputs.token_ids
+            kept.positions[:num_rows] = inputs.positions
+            for group, slots in kept.kv_slots.items():
+                slots[:num_rows] = inputs.kv_slots[group]
+        if self._filled != (num_rows, bucket):  # what the step before left empty is as it was
+            kept.token_ids[num_rows:bucket] = 0
+            kept.positions[num_rows:bucket] = 0
+            for slots in kept.kv_slots.values():
                 slots[num_rows:bucket] = -1
+            self._filled = (num_rows, bucket)
 
     def _refill(self, plans: Mapping[str, Any], inputs: StepInputs) -> None:
         for group, kernel in self._kernels.items():
@@ -168,9 +172,9 @@ class StepGraphs:
         return _Recorded(graph, result, plans)
 
     def _layers(self, bucket: int, plans: Mapping[str, Any]) -> torch.Tensor:
-        slots = {group: all_slots[:bucket] for group, all_slots in self._kv_slots.items()}
-        ctx = ForwardContext(self._positions[:bucket], slots, plans)
-        hidden = self._model.embed(self._token_ids[:bucket])
+        slots = {group: all_slots[:bucket] for group, all_slots in self.resident.kv_slots.items()}
+        ctx = ForwardContext(self.resident.positions[:bucket], slots, plans)
+        hidden = self._model.embed(self.resident.token_ids[:bucket])
         for layer in self._model.layers:
             hidden = layer(hidden, ctx)
         return hidden

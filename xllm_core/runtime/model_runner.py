@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +20,9 @@ from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.logprobs import score_rows, score_targets
 from xllm_core.runtime.sampling_state import SamplingState
 from xllm_core.types import StepPlan, StepResult, StepTimes, TokenLogprobs
+
+_NO_MODE = nullcontext()
+"""For tensors that need none: a replay's, of which nothing is recorded either."""
 
 
 @dataclass(slots=True)
@@ -48,7 +52,8 @@ class ModelRunner:
         self._sampling = sampling
         self._copy_blocks = copy_blocks
         self.graphs = graphs
-        self._previous = torch.zeros((0, 1), dtype=torch.int64, device=device.facts().torch_device)
+        self._previous = torch.zeros(0, dtype=torch.int64, device=device.facts().torch_device)
+        self._chosen: list[int] = []
 
     def forward(self, plan: StepPlan, on_launch: Callable[[], None]) -> RunnerHandle:
         """Run the forward of the plan's rows, if it has any; `apply` came before. on_launch: called when everything is laid out for it."""
@@ -57,10 +62,10 @@ class ModelRunner:
         if plan.is_empty:
             handle.times.forward_ended_s = started_s
             return handle
-        with torch.inference_mode():
-            inputs = self._inputs.gather(plan, self._previous)
-            prepared_s = time.perf_counter()
-            if self.graphs is None or not self._replay(handle, inputs, self.graphs, on_launch):
+        inputs = self._inputs.gather(plan, self._previous, self._chosen)
+        prepared_s = time.perf_counter()
+        if self.graphs is None or not self._replay(handle, inputs, self.graphs, on_launch):
+            with torch.inference_mode():
                 prepared_s = self._compute(handle, inputs, on_launch)
         handle.times.prepare_s = prepared_s - started_s
         handle.times.forward_ended_s = time.perf_counter()
@@ -80,7 +85,8 @@ class ModelRunner:
             is_done = hidden is not None
             if hidden is not None and plan.sample_rows:
                 last, repeat = self._sampled(plan, inputs)
-                handle.logits = self._logits(hidden[last], repeat)
+                with torch.inference_mode():
+                    handle.logits = self._logits(hidden[last], repeat)
         else:
             return False
         handle.times.is_replayed = graphs.stats.num_replays > num_replays
@@ -109,11 +115,11 @@ class ModelRunner:
     def sample(self, handle: RunnerHandle) -> StepResult:
         """Choose a token for every sample of the handle's plan."""
         started_s = time.perf_counter()
-        plan = handle.plan
-        with torch.inference_mode():
-            result = self._sample(plan, handle.logits) if handle.logits is not None else StepResult(())
+        plan, logits = handle.plan, handle.logits
+        with torch.inference_mode() if logits is None or logits.is_inference() else _NO_MODE:
+            result = self._sample(plan, logits) if logits is not None else StepResult(())
             if not plan.sample_rows:
-                self._previous = self._previous[:0]
+                self._previous, self._chosen = self._previous[:0], []
             if handle.hidden is not None and handle.inputs is not None:
                 result.prompt_logprobs = self._score_prompts(plan, handle.hidden, handle.inputs)
         handle.times.sample_s = time.perf_counter() - started_s
@@ -170,8 +176,8 @@ class ModelRunner:
         if sampling.has_processors:
             logits = sampling.process(logits, slots)
         tokens = self._sampler.sample(logits, sampling.batch(slots, plan.sample_positions))
-        self._previous = tokens.unsqueeze(-1)
         chosen: list[int] = tokens.tolist()
+        self._previous, self._chosen = tokens, chosen
         sampling.observe(slots, chosen)
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if counts is not None:

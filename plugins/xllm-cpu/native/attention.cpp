@@ -42,6 +42,46 @@ struct State {
   }
 };
 
+// Keys and values that are read next, asked for a line at a time between the instructions of what is computed now. Memory gives a line in the time of ten
+// or so of these: asked for faster, by the position or by the hundred, many would be dropped, and each would be waited for later.
+class Ahead {
+ public:
+  void begin(int64_t bytes_of_position) { count_ = next_ = 0, left_ = 0, bytes_ = bytes_of_position; }
+  // A position, behind the one before it in memory or elsewhere.
+  void add(const char* keys, const char* values) {
+    if (count_ > 0 && runs_[count_ - 2].at + runs_[count_ - 2].bytes == keys) {
+      runs_[count_ - 2].bytes += bytes_, runs_[count_ - 1].bytes += bytes_;
+      return;
+    }
+    runs_[count_++] = {keys, bytes_};
+    runs_[count_++] = {values, bytes_};
+  }
+  bool has_more() const { return left_ > 0 || next_ < count_; }
+  inline __attribute__((always_inline)) void fetch() {
+#if defined(__AVX512F__)
+    if (left_ <= 0) {
+      if (next_ == count_) return;
+      at_ = runs_[next_].at, left_ = runs_[next_].bytes, next_++;
+    }
+    _mm_prefetch(at_, _MM_HINT_T1);
+    at_ += 64, left_ -= 64;
+#endif
+  }
+  void fetch(int64_t bytes) {
+    for (; bytes > 0; bytes -= 64) fetch();
+  }
+
+ private:
+  struct Run {
+    const char* at;
+    int64_t bytes;
+  };
+  Run runs_[2 * CHUNK];
+  int count_ = 0, next_ = 0;
+  int64_t bytes_ = 0, left_ = 0;
+  const char* at_ = nullptr;
+};
+
 // Buffers stay with the thread from call to call.
 template <class E> struct Buffers {
   Lines<typename E::T> queries, keys, values, weights;
@@ -64,8 +104,7 @@ template <class E> struct Worker {
   Lines<float>& scores;
   State &part, &whole;
   // of the task at hand; its queries lie head by head, and of each KV head token by token
-  int64_t ahead[CHUNK];  // elements from the start of the cache: positions of the next chunk
-  int num_ahead = 0, next_ahead = 0;
+  Ahead ahead;
   bool is_ahead = false;  // the chunk that comes next was asked for
   const int32_t* following = nullptr;  // the task that this thread takes next, if that is known
   int row = 0, kv_head = 0, num_kv_heads = 1, first = 0, tokens = 0, per_head = 0, num_queries = 0, past = 0;
@@ -132,28 +171,14 @@ template <class E> struct Worker {
       });
   }
 
-#if defined(__AVX512F__)
-  // The next chunk of the task's heads is asked for a position at a time, between tiles of this one: by the hundred, prefetches would be dropped.
-  // Behind the last one comes the first of the task that follows, if both are of all heads.
+  // The next chunk of the task's heads; behind the last one the first of the task that follows, if both are of all heads.
   void look_ahead(int start) {
-    num_ahead = next_ahead = 0;
-    const auto add = [&](int, int64_t offset) { ahead[num_ahead++] = offset; };
+    ahead.begin(bytes_of_all());
+    const auto add = [&](int, int64_t offset) { ahead.add(reinterpret_cast<const char*>(static_cast<const T*>(call.k) + offset), reinterpret_cast<const char*>(static_cast<const T*>(call.v) + offset)); };
     if (start <= last()) each_slot(row, kv_head, start, begin_of(0), last() + 1, add);
     else if (num_kv_heads > 1 && following != nullptr && following[1] == ALL && call.window == 0) each_slot(following[0], 0, 0, 0, call.kv_lens[following[0]], add);
-    is_ahead = num_ahead > 0;
+    is_ahead = ahead.has_more();
   }
-  void fetch_ahead() {
-    if (next_ahead == num_ahead) return;
-    const int64_t offset = ahead[next_ahead++];
-    for (const void* cache : {call.k, call.v}) {
-      const auto* line = reinterpret_cast<const char*>(static_cast<const T*>(cache) + offset);
-      for (int64_t at = 0; at < bytes_of_all(); at += 64) _mm_prefetch(line + at, _MM_HINT_T1);
-    }
-  }
-#else
-  void look_ahead(int) {}
-  void fetch_ahead() {}
-#endif
 
   // Where keys and values of a chunk lie, of the first head; null for what is outside, which may never have been written and counts as zero.
   struct Found {
@@ -183,7 +208,7 @@ template <class E> struct Worker {
       for (int p = 0; p < CHUNK; p++) pack_key(from_k[p], p);
     for (int p = 0; p < CHUNK; p += E::P) {
       pack_values(from_v + p, p / E::P);
-      if (p % 4 == 0) fetch_ahead();
+      if (p % 4 == 0) ahead.fetch(2 * bytes_of_all());
     }
   }
 
@@ -195,7 +220,7 @@ template <class E> struct Worker {
         const void* rows[16];
         for (int i = 0; i < 16; i++) rows[i] = from[p + i] != nullptr ? from[p + i] + d : nullptr;
         T* to = keys.data() + (p / NR) * (key_steps * NR * E::P) + (d / E::P * NR + p % NR) * E::P;
-        fetch_ahead();
+        ahead.fetch(2 * bytes_of_all());
         I found[16];
         transpose16(rows, found);
         for (int i = 0; i < 16; i++) storei(to + i * NR * E::P, found[i]);
@@ -264,7 +289,7 @@ template <class E> struct Worker {
           with_rows(count, [&]<int MR>() { chunk<MR>(query, start); });
         }
       }
-      while (next_ahead < num_ahead) fetch_ahead();  // what fewer tiles left
+      while (ahead.has_more()) ahead.fetch(64);  // what fewer tiles left
     }
   }
 
@@ -279,11 +304,12 @@ template <class E> struct Worker {
         for (int i = 0; i < 16; i++) rows[i] = found.keys[p + i] != nullptr ? found.keys[p + i] + d : nullptr;
         I turned[16];
         transpose16(rows, turned);
-        fetch_ahead();
 #pragma GCC unroll 16
-        for (int s = 0; s < 16; s++)
+        for (int s = 0; s < 16; s++) {
+          ahead.fetch();
 #pragma GCC unroll 4
           for (int i = 0; i < MR; i++) c[i] = dot2(c[i], bcast(queries.data() + (query + i) * q_width + d + 2 * s), turned[s]);
+        }
       }
       for (int i = 0; i < MR; i++) store(scores.data() + i * CHUNK + p, c[i]);
     }
@@ -295,7 +321,7 @@ template <class E> struct Worker {
       for (int p = 0; p < CHUNK; p += 2) {
         I low, high;
         interleave_lanes(part_of(found.values[p], panel), part_of(found.values[p + 1], panel), low, high);
-        if (p % 8 == 0) fetch_ahead();
+        ahead.fetch(), ahead.fetch();
         for (int i = 0; i < MR; i++) {
           const I weight = bcast(weights.data() + i * CHUNK + p);
           c[i][0] = dot2(c[i][0], weight, low), c[i][1] = dot2(c[i][1], weight, high);
@@ -318,7 +344,7 @@ template <class E> struct Worker {
       for (int i = 0; i < MR; i++) store(scores.data() + i * CHUNK + panel * NR, c[i][0]), store(scores.data() + i * CHUNK + panel * NR + W, c[i][1]);
     }
     for (int i = 0; i < MR; i++) {
-      fetch_ahead();
+      ahead.fetch(2 * bytes_of_all());
       soften(query + i, scores.data() + i * CHUNK, weights.data() + i * CHUNK, start);
     }
     for (int64_t panel = 0; panel < value_panels; panel++) {

@@ -22,6 +22,7 @@ namespace {
 constexpr uint64_t GAMMA = 0x9E3779B97F4A7C15u;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr int BLOCK = 64;
+constexpr int64_t STRETCH = 1024;
 constexpr int LAST = 2047;         // bins of tempered scores for filters; the last holds all that is less likely than exp(-32)
 constexpr float PER_UNIT = 64.0f;  // bins per unit
 
@@ -51,18 +52,24 @@ struct Scored {
 };
 
 float greatest(const float* x, int64_t vocab) {
-  F most = set1(NEVER);
+  F most[4] = {set1(NEVER), set1(NEVER), set1(NEVER), set1(NEVER)};
   int64_t i = 0;
-  for (; i + W <= vocab; i += W) most = vmax(load(x + i), most);  // NaN on the left is passed over
-  float found = top(most);
+  for (; i + 4 * W <= vocab; i += 4 * W)
+    for (int n = 0; n < 4; n++) most[n] = vmax(load(x + i + n * W), most[n]);  // NaN on the left is passed over
+  float found = top(vmax(vmax(most[0], most[1]), vmax(most[2], most[3])));
   for (; i < vocab; i++) found = x[i] > found ? x[i] : found;
   return found;
 }
 
-// The first token with the greatest score; 0 where none is above "never".
+// The first token with the greatest score; 0 where none is above "never". Looked for in the first stretch that has it alone.
 int64_t argmax(const float* x, int64_t vocab) {
-  const float most = greatest(x, vocab);
-  for (int64_t i = 0; i < vocab; i++)
+  float most = NEVER;
+  int64_t start = 0;
+  for (int64_t from = 0; from < vocab; from += STRETCH) {
+    const float found = greatest(x + from, std::min(STRETCH, vocab - from));
+    if (found > most) most = found, start = from;
+  }
+  for (int64_t i = start; i < vocab; i++)
     if (x[i] == most) return i;
   return 0;
 }

@@ -41,6 +41,8 @@ class AttentionGeometry:
 class BatchLayout:
     """The ragged batch of one step as one KV group sees it. Host side, numpy-backed, owned by the runner and read only.
 
+    The same object, its arrays moved on in place, may be that of the next step: a plan copies what it needs.
+
     query_lens: [R] int32, new tokens per row. kv_lens: [R] int32, tokens per row after this step, new ones included.
     query_starts: [R + 1] int32, prefix sums of query_lens. block_tables: [R, max_blocks] int32; -1 is a hole outside the window.
     """

@@ -63,4 +63,4 @@ class Sampler(Protocol):
     """Chooses one token per row: argmax, or argmax of noised scores with noise as a pure function of (seed, index, position)."""
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-        """logits: [S, V] float32, may be overwritten. Returns [S] int64. Row i depends on row i alone."""
+        """logits: [S, V] float32, may be overwritten. Returns [S] int64, good until the next call. Row i depends on row i alone."""

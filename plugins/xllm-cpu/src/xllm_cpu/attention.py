@@ -14,13 +14,20 @@ from xllm_cpu.native import AttentionStep
 
 @dataclass(slots=True)
 class Plan:
-    """Room for a step, and the one that is laid out in it. kept: what its pointers point to. highest_block: in any table."""
+    """Room for a step, and the one that is laid out in it. kept: what its pointers point to. highest_block: in any table.
+
+    batch: the one whose tensors `read` and `given` point into, if it is to be looked into once: a runner moves the tensors of a decode step on.
+    """
 
     step: AttentionStep
     kept: tuple[torch.Tensor, ...]
     max_rows: int
     max_tokens: int
+    address: int
     highest_block: int = -1
+    batch: BatchLayout | None = None
+    read: tuple[torch.Tensor, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 class PagedAttention:
@@ -59,26 +66,31 @@ class PagedAttention:
             head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
             soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16),
         )  # fmt: skip
-        return Plan(step, kept, max_rows, max_tokens)
+        return Plan(step, kept, max_rows, max_tokens, ctypes.addressof(step))
 
     def _lay_out(self, plan: Plan, batch: BatchLayout, *, is_decode: bool = False) -> None:
-        starts, kv_lens, tables = (
-            t.to(torch.int32).contiguous() for t in (batch.query_starts, batch.kv_lens, batch.block_tables)
-        )
-        num_rows, width = tables.shape
+        if plan.batch is not batch:
+            self._look_into(plan, batch)
         found = -2
-        if len(starts) == num_rows + 1 and len(kv_lens) == num_rows:
-            found = self._native.attention_lay_out(
-                ctypes.addressof(plan.step), starts.data_ptr(), kv_lens.data_ptr(), tables.data_ptr(), num_rows, width,
-                plan.max_rows, plan.max_tokens, is_decode,
-            )  # fmt: skip
+        if plan.given:
+            found = self._native.attention_lay_out(plan.address, *plan.given, plan.max_rows, plan.max_tokens, is_decode)
         if found < -1:
+            starts, kv_lens, tables = plan.read
             raise ValueError(
                 f"{len(kv_lens)} rows with query starts {starts.tolist()}, KV lengths {kv_lens.tolist()} and tables {tuple(tables.shape)} of blocks"
                 f" of {self._geometry.block_size} do not fit each other, or not {plan.max_rows} rows with {plan.max_tokens} new tokens"
                 f" and {plan.step.table_width} blocks{', one token a row' if is_decode else ''}"
             )
         plan.highest_block = found
+
+    @staticmethod
+    def _look_into(plan: Plan, batch: BatchLayout) -> None:
+        tensors = (batch.query_starts, batch.kv_lens, batch.block_tables)
+        plan.read = starts, kv_lens, tables = tuple(t.to(torch.int32).contiguous() for t in tensors)
+        num_rows, width = tables.shape
+        fits = len(starts) == num_rows + 1 and len(kv_lens) == num_rows
+        plan.given = (starts.data_ptr(), kv_lens.data_ptr(), tables.data_ptr(), num_rows, width) if fits else ()
+        plan.batch = batch if all(read is given for read, given in zip(plan.read, tensors, strict=True)) else None
 
     def run(self, q: torch.Tensor, kv: KVSegments, plan: Plan, out: torch.Tensor) -> None:
         """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]. Raises ValueError or IndexError before anything is read that is not there."""
@@ -99,6 +111,6 @@ class PagedAttention:
             raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-        self._native.attention(ctypes.addressof(plan.step), q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr())
+        self._native.attention(plan.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr())
         if target is not out:
             out.copy_(target)

@@ -20,12 +20,15 @@ class NativeSampler:
 
     def __init__(self, device: CpuDevice) -> None:
         self._native = device.native
+        self._room: dict[int, tuple[torch.Tensor, int]] = {}
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-        """logits: [S, V] float32, overwritten. Returns [S] int64. Raises ValueError for columns that do not fit."""
-        if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
+        """logits: [S, V] float32, overwritten. Returns [S] int64, as it is until the next call. Raises ValueError for columns that do not fit."""
+        num_rows, vocab_size = logits.shape if logits.dim() == 2 else (0, 0)
+        if logits.dtype != torch.float32 or vocab_size == 0:
             raise ValueError(f"logits must be [S, V] float32, they are {tuple(logits.shape)} {logits.dtype}")
-        logits, num_rows = logits.contiguous(), len(logits)
+        if not logits.is_contiguous():
+            logits = logits.contiguous()
         kept: dict[str, torch.Tensor] = {}
         if not batch.is_all_greedy and batch.temperature is not None:
             kept = {
@@ -35,9 +38,12 @@ class NativeSampler:
             }
             kept |= {name: _column(batch, name, torch.int64, num_rows) for name in _NOISE}
         columns = SamplingColumns(**{name: column.data_ptr() for name, column in kept.items()}) if kept else _GREEDY
-        tokens = torch.empty(num_rows, dtype=torch.int64)
-        self._native.sample(logits.data_ptr(), num_rows, logits.shape[1], ctypes.addressof(columns), tokens.data_ptr())
-        return tokens
+        found = self._room.get(num_rows)
+        if found is None:  # kept: behind a step a call into torch takes longer than one row's choice
+            tokens = torch.empty(num_rows, dtype=torch.int64)
+            found = self._room[num_rows] = tokens, tokens.data_ptr()
+        self._native.sample(logits.data_ptr(), num_rows, vocab_size, ctypes.addressof(columns), found[1])
+        return found[0]
 
 
 def _column(batch: SamplingBatch, name: str, dtype: torch.dtype, num_rows: int) -> torch.Tensor:
