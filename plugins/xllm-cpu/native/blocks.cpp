@@ -225,7 +225,9 @@ void run(const void* x, const void* packed, const float* bias, void* out, void* 
   });
   const auto multiply = [&]<bool IS_4_BIT>() {
     const Product<IS_4_BIT> product{rows, static_cast<const char*>(packed), num_blocks, kind};
-    run_tiles(BlocksCall<E, IS_4_BIT>{product, {bias, out, of.n, of.ldo, of.fuses, of.is_wide}}, of.m, num_panels(of.n, of.fuses));
+    const bool is_streamed = streams(out, of.m, of.n, of.ldo, of.is_wide);
+    const BlocksCall<E, IS_4_BIT> tiles{product, {bias, out, of.n, of.ldo, of.fuses, of.is_wide, is_streamed}};
+    run_tiles(tiles, of.m, num_panels(of.n, of.fuses), is_streamed);
   };
   if (kind.is_4_bit) multiply.template operator()<true>();
   else multiply.template operator()<false>();

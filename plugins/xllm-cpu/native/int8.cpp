@@ -115,7 +115,9 @@ void run(const void* x, const void* packed, const float* bias, void* out, void* 
   parallel_for((m + grain - 1) / grain, [&](int64_t piece) {
     for (int64_t i = piece * grain; i < m && i < (piece + 1) * grain; i++) to_bytes<E>(static_cast<const typename E::T*>(x) + i * ldx, k, rows + i * row_bytes);
   });
-  run_tiles(Int8Call<E>{rows, static_cast<const char*>(packed), k, row_bytes, {bias, out, n, ldo, fuses, is_wide}}, m, num_panels(n, fuses));
+  const bool is_streamed = streams(out, m, n, ldo, is_wide);
+  const Int8Call<E> tiles{rows, static_cast<const char*>(packed), k, row_bytes, {bias, out, n, ldo, fuses, is_wide, is_streamed}};
+  run_tiles(tiles, m, num_panels(n, fuses), is_streamed);
 }
 
 }  // namespace

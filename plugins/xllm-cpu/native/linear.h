@@ -33,7 +33,7 @@ template <class Tiles> void tile_rows(const Tiles& tiles, int64_t first, int64_t
 
 // m rows by all panels, on all threads. Pieces are equal but for one panel, and so small that no thread ends much after the others. Few rows read
 // weights, ahead of themselves, and beyond the end of a piece in vain: their pieces are larger.
-template <class Tiles> void run_tiles(const Tiles& tiles, int64_t m, int64_t count) {
+template <class Tiles> void run_tiles(const Tiles& tiles, int64_t m, int64_t count, bool is_streamed = false) {
   if (m == 0) return;
   const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, wanted = (m <= 4 ? 4 : 32) * num_threads();
   const int64_t groups = blocks >= wanted ? 1 : std::min(count, (wanted + blocks - 1) / blocks);
@@ -41,7 +41,14 @@ template <class Tiles> void run_tiles(const Tiles& tiles, int64_t m, int64_t cou
     const int64_t block = piece / groups, group = piece % groups;
     const int64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m;
     for (int64_t panel = count * group / groups; panel < count * (group + 1) / groups; panel++) tile_rows(tiles, first, last, panel);
+    if (is_streamed) drain();  // before others are told that the piece is done
   });
+}
+
+// Whether wide results are written past the caches: so many that those would first fetch each line from memory, and soon give it back.
+inline bool streams(const void* out, int64_t m, int64_t n, int64_t ldo, bool is_wide) {
+  constexpr int64_t LEAST_BYTES = 2 << 20, ALIGNMENT = W * sizeof(float);
+  return is_wide && m * n * static_cast<int64_t>(sizeof(float)) >= LEAST_BYTES && reinterpret_cast<uintptr_t>(out) % ALIGNMENT == 0 && ldo % W == 0;
 }
 
 // Sums of one row and panel to results: bias, activation, rounding.
@@ -49,13 +56,19 @@ template <class E> struct Output {
   const float* bias;  // in the order of packed lanes, padded; null for none
   void* out;          // E::T, or float with is_wide
   int64_t n, ldo;
-  bool fuses, is_wide;
+  bool fuses, is_wide, is_streamed;
 
   void store(int64_t row, int64_t panel, F c0, F c1) const {
     if (bias != nullptr) c0 = add(c0, load(bias + panel * NR)), c1 = add(c1, load(bias + panel * NR + W));
     if (fuses) store_part<E>(static_cast<typename E::T*>(out) + row * ldo + panel * W, mul(silu(c0), c1), n / 2 - panel * W);
+    else if (is_streamed && n - panel * NR >= NR) to_memory(row, panel, c0, c1);
     else if (is_wide) put<F32>(row, panel, c0, c1);
     else put<E>(row, panel, c0, c1);
+  }
+
+  void to_memory(int64_t row, int64_t panel, F c0, F c1) const {
+    float* to = static_cast<float*>(out) + row * ldo + panel * NR;
+    xllm::stream(to, c0), xllm::stream(to + W, c1);
   }
 
   template <class O> void put(int64_t row, int64_t panel, F c0, F c1) const {
@@ -72,7 +85,7 @@ template <class E> struct Call {
   const float* bias;
   void* out;
   int64_t m, n, k, ldx, ldo;
-  bool fuses, is_wide;
+  bool fuses, is_wide, is_streamed = streams(out, m, n, ldo, is_wide);
 
   template <int MR> void tile(int64_t row, int64_t panel, int64_t at, int64_t count) const {
     constexpr int64_t BYTES = sizeof(typename E::T);
@@ -80,7 +93,7 @@ template <class E> struct Call {
     for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
     const int64_t size = panel_size<E>(k);
     multiply<E, MR, true>(x + row * ldx, ldx, packed + panel * size, steps_of<E>(k), c, Ahead::of<MR>(size * BYTES, NR * E::P * BYTES, at, count));
-    const Output<E> to{bias, out, n, ldo, fuses, is_wide};
+    const Output<E> to{bias, out, n, ldo, fuses, is_wide, is_streamed};
     for (int i = 0; i < MR; i++) to.store(row + i, panel, c[i][0], c[i][1]);
   }
 
@@ -90,7 +103,7 @@ template <class E> struct Call {
       for (int64_t panel = begin; panel < end; panel++) tile_rows(*this, first, first + BLOCK_ROWS < m ? first + BLOCK_ROWS : m, panel);
   }
 
-  void run() const { run_tiles(*this, m, num_panels(n, fuses)); }
+  void run() const { run_tiles(*this, m, num_panels(n, fuses), is_streamed); }
 };
 
 }  // namespace xllm

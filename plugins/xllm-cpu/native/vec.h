@@ -26,6 +26,8 @@ inline F zero() { return {_mm512_setzero_ps()}; }
 inline F set1(float x) { return {_mm512_set1_ps(x)}; }
 inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+inline void stream(float* p, F x) { _mm512_stream_ps(p, x.v); }
+inline void drain() { _mm_sfence(); }
 inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -62,6 +64,8 @@ inline F zero() { return {_mm256_setzero_ps()}; }
 inline F set1(float x) { return {_mm256_set1_ps(x)}; }
 inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
+inline void stream(float* p, F x) { _mm256_stream_ps(p, x.v); }
+inline void drain() { _mm_sfence(); }
 inline F add(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F sub(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F mul(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -104,6 +108,8 @@ inline F zero() { return each<F>([](int) { return 0.0f; }); }
 inline F set1(float x) { return each<F>([=](int) { return x; }); }
 inline F load(const float* p) { F r; std::memcpy(r.v, p, sizeof r.v); return r; }
 inline void store(float* p, F x) { std::memcpy(p, x.v, sizeof x.v); }
+inline void stream(float* p, F x) { store(p, x); }
+inline void drain() {}
 inline F add(F a, F b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
 inline F sub(F a, F b) { return each<F>([&](int i) { return a.v[i] - b.v[i]; }); }
 inline F mul(F a, F b) { return each<F>([&](int i) { return a.v[i] * b.v[i]; }); }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from xllm_cpu.attention import PagedAttention
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.ops import AddRmsNorm, Linear, LinearSiluMul, RmsNorm, SiluMul
+from xllm_cpu.ops import AddRmsNorm, Linear, LinearSiluMul, LmHead, RmsNorm, SiluMul
 
 from xllm_core.plugins import AttentionGeometry, BatchLayout, KVSegments
 
@@ -30,6 +30,22 @@ def test_products_of_any_number_of_rows(
     for rows in range(1, ROWS + 1):
         first = draw.randint(0, ROWS - rows)
         assert torch.equal(op(x[first : first + rows], prepared), whole[first : first + rows]), rows
+
+
+@pytest.mark.parametrize("n", [32_784, 32_771])
+def test_so_many_scores_that_they_go_past_the_caches(device: CpuDevice, dtype: torch.dtype, n: int) -> None:
+    """20 rows of a vocabulary are 2.6 MB; alone each takes the other way.
+
+    Dies if the last panel, which is not whole, is written as if it were, or if a stride that no vector fits is written by vectors.
+    """
+    torch.manual_seed(n)
+    op = LmHead(device)
+    prepared = op.prepare(torch.randn(n, 6).to(dtype), torch.randn(n).to(dtype))
+    x = torch.randn(20, 6).to(dtype)
+    whole = op(x, prepared)
+    assert whole.dtype == torch.float32
+    for row in range(20):
+        assert torch.equal(whole[row], op(x[row : row + 1], prepared)[0]), row
 
 
 def test_activation_of_any_size(device: CpuDevice, dtype: torch.dtype) -> None:
