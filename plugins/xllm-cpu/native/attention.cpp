@@ -106,7 +106,7 @@ template <class E> struct Worker {
   // of the task at hand; its queries lie head by head, and of each KV head token by token
   Ahead ahead;
   bool is_ahead = false;  // the chunk that comes next was asked for
-  const int32_t* following = nullptr;  // the task that this thread takes next, if that is known
+  const int32_t* following = nullptr;  // the task that this thread most likely takes next
   int row = 0, kv_head = 0, num_kv_heads = 1, first = 0, tokens = 0, per_head = 0, num_queries = 0, past = 0;
 
   Worker(const Layer& c, Buffers<E>& b)
@@ -446,12 +446,12 @@ template <class E, class Fn> void with_worker(const Layer& call, Fn fn) {
 
 template <class E> void run_tasks(const Layer& call) {
   const bool is_decode = call.num_tasks > 0 && call.tasks[1] == ALL && call.tasks[3 * call.num_tasks - 2] == ALL;
-  const int64_t grain = std::max<int64_t>(1, call.num_tasks / ((is_decode ? 4 : 16) * num_threads()));
+  const int64_t grain = std::max<int64_t>(1, call.num_tasks / ((is_decode ? 8 : 16) * num_threads()));
   parallel_for((call.num_tasks + grain - 1) / grain, [&](int64_t piece) {
     with_worker<E>(call, [&](Worker<E>& worker) {
       const int64_t end = std::min<int64_t>(call.num_tasks, (piece + 1) * grain);
       for (int64_t i = piece * grain; i < end; i++) {
-        worker.following = i + 1 < end ? call.tasks + 3 * (i + 1) : nullptr;
+        worker.following = i + 1 < call.num_tasks ? call.tasks + 3 * (i + 1) : nullptr;  // most often this thread's, in the next piece too
         worker.run(call.tasks + 3 * i);
       }
     });
