@@ -58,7 +58,7 @@ class Worker:
                 cast(GraphDevice, parts.device), parts.model, cast(Mapping[str, GraphKernel], parts.kernels), max_rows=num_slots,
                 max_blocks=inputs.max_blocks,
             )  # fmt: skip
-            if parts.device.facts().torch_device == "cpu":
+            if graphs.resident.token_ids.is_cpu:
                 inputs.resident = graphs.resident
         self._runner = ModelRunner(
             parts.device, parts.model, kernels=parts.kernels, inputs=inputs, cache=self.cache, sampler=parts.sampler,
