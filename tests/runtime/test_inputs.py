@@ -146,3 +146,12 @@ def test_a_state_that_moves_is_seen() -> None:
     made.write_tables([(1, 1, 0, [99])])
     found = made.gather(step([6, 3, 1], [1, 2, 3]), torch.tensor([1, 2, 3]), [1, 2, 3])
     assert found.kv_slots["state"].tolist() == [73, 99, 70]
+
+
+def test_what_is_behind_the_rows_is_not_taken_for_empty() -> None:
+    """Three rows lie where graphs read, over what was filled behind two. Killed by: the third left in the bucket of the next two."""
+    made = buffers()
+    made.resident = resident()
+    made.resident.filled = (2, 4)
+    made.gather(step([5, 2, 0], [1, 2, 3]), torch.tensor([1, 2, 3]), [1, 2, 3])
+    assert made.resident.filled == (0, 0)

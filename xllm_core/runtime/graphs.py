@@ -84,7 +84,6 @@ class StepGraphs:
         most = max(self._buckets[-1], self._most_ragged)
         token_ids, positions, *slots = (device.allocate((most,), torch.int64) for _ in range(2 + len(kernels)))
         self.resident = ResidentInputs(token_ids, positions, dict(zip(kernels, slots, strict=True)))
-        self._filled = (0, 0)
 
     def covers(self, plan: StepPlan) -> bool:
         """Whether a plan is a decode step, and graphs can still be had."""
@@ -140,12 +139,12 @@ class StepGraphs:
             kept.positions[:num_rows] = inputs.positions
             for group, slots in kept.kv_slots.items():
                 slots[:num_rows] = inputs.kv_slots[group]
-        if self._filled != (num_rows, bucket):  # what the step before left empty is as it was
+        if kept.filled != (num_rows, bucket):  # else what the step before left empty is as it was
             kept.token_ids[num_rows:bucket] = 0
             kept.positions[num_rows:bucket] = 0
             for slots in kept.kv_slots.values():
                 slots[num_rows:bucket] = -1
-            self._filled = (num_rows, bucket)
+            kept.filled = (num_rows, bucket)
 
     def _refill(self, plans: Mapping[str, Any], inputs: StepInputs) -> None:
         for group, kernel in self._kernels.items():

@@ -39,13 +39,17 @@ class StepInputs:
     is_resident: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResidentInputs:
-    """Tensors on the device that recorded graphs read: columns of `StepInputs`, [T] int64 with room for the largest step."""
+    """Tensors on the device that recorded graphs read: columns of `StepInputs`, [T] int64 with room for the largest step.
+
+    filled: (rows, bucket) of a step behind whose rows nothing was written since the rest of the bucket was filled.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     kv_slots: dict[str, torch.Tensor]
+    filled: tuple[int, int] = (0, 0)
 
 
 class InputBuffers:
@@ -116,6 +120,7 @@ class InputBuffers:
             return None
         slots = [kept.kv_slots[name] for name in names]
         parts = [tensor[:num_rows] for tensor in (kept.token_ids, kept.positions, *slots)]
+        kept.filled = (0, 0)
         parts[0].copy_(token_ids)
         for i, part in enumerate(parts[1:]):
             array = part.numpy()
