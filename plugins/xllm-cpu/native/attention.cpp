@@ -1,9 +1,9 @@
 // Causal attention over paged KV, prefill and decode alike.
 //
 // The queries of one KV head (its group of query heads, times the tokens of a row) are rows of a small matrix: scores are that matrix times
-// packed keys, outputs are weights times packed values, by the same microkernel as linear maps. Positions are walked in chunks of 64 with an
-// online softmax, inside splits of 256 that are merged in order by their log-sum-exp. Chunks and splits lie at fixed absolute positions, so
-// a query's result depends on its own position alone: not on the chunk it was prefilled in, its neighbours, or how splits were shared out.
+// packed keys, outputs are weights times packed values, by the same microkernel as linear maps. Positions are walked in splits of 256: all scores
+// of a split, their softmax, then its values; splits are merged in order by their log-sum-exp. They lie at fixed absolute positions, so a query's
+// result depends on its own position alone: not on the chunk it was prefilled in, its neighbours, or how splits were shared out.
 // Sources: FlashAttention-2, arXiv:2307.08691 (online softmax); Flash-Decoding (splits over KV).
 //
 // Limits: decode reads 2 * kv_len * G * D elements a row from memory; prefill does 4 * D operations per query head and position seen.
@@ -15,78 +15,46 @@
 #include "api.h"
 #include "gemm.h"
 #include "pool.h"
+#include "read_ahead.h"
 
 namespace xllm {
 namespace {
 
-constexpr int CHUNK = 64;    // positions whose keys and values are packed at a time; a multiple of NR for every instruction set
-constexpr int SPLIT = 256;   // positions of one partial result
+constexpr int SPLIT = 256;   // positions of one partial result; a multiple of NR for every instruction set
 constexpr int QUERIES = 96;  // rows of one task, at most: tokens times the heads of the group
 constexpr int FEW = 4;       // queries of one KV head
 constexpr int ALL = -1;      // a task of all KV heads
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-static_assert(CHUNK % NR == 0 && SPLIT % CHUNK == 0);
+constexpr float LEAST = std::numeric_limits<float>::lowest();  // NONE less this is NONE
+static_assert(SPLIT % NR == 0);
 
 inline int tokens_per_task(int group) { return std::max(1, QUERIES / group); }
 
 // Up to so many tokens a row is one task of all its KV heads: keys and values of a position lie side by side, and are read in one sweep.
 inline int tokens_of_all(int group) { return std::max(1, MAX_MR / group); }
 
-// Partial or whole result of n queries: greatest score, sum of weights, weighted values [n][width].
+// Partial or whole result of n queries: greatest score, sum of weights, weighted values [n][width]. Numbers of queries are rounded up to whole vectors.
 struct State {
   Lines<float> top, total, value;
-  void reset(int n, int64_t width) {
-    top.assign(static_cast<size_t>(n), NONE);
-    total.assign(static_cast<size_t>(n), 0.0f);
-    value.assign(static_cast<size_t>(n * width), 0.0f);
+  void resize(int n, int64_t width) {
+    top.resize(static_cast<size_t>(round_up(n, W))), total.resize(static_cast<size_t>(round_up(n, W))), value.resize(static_cast<size_t>(n * width));
   }
 };
 
-// Keys and values that are read next, asked for a line at a time between the instructions of what is computed now. Memory gives a line in the time of ten
-// or so of these: asked for faster, by the position or by the hundred, many would be dropped, and each would be waited for later.
-class Ahead {
- public:
-  void begin(int64_t bytes_of_position) { count_ = next_ = 0, left_ = 0, bytes_ = bytes_of_position; }
-  // A position, behind the one before it in memory or elsewhere.
-  void add(const char* keys, const char* values) {
-    if (count_ > 0 && runs_[count_ - 2].at + runs_[count_ - 2].bytes == keys) {
-      runs_[count_ - 2].bytes += bytes_, runs_[count_ - 1].bytes += bytes_;
-      return;
-    }
-    runs_[count_++] = {keys, bytes_};
-    runs_[count_++] = {values, bytes_};
-  }
-  bool has_more() const { return left_ > 0 || next_ < count_; }
-  inline __attribute__((always_inline)) void fetch() {
-#if defined(__AVX512F__)
-    if (left_ <= 0) {
-      if (next_ == count_) return;
-      at_ = runs_[next_].at, left_ = runs_[next_].bytes, next_++;
-    }
-    _mm_prefetch(at_, _MM_HINT_T1);
-    at_ += 64, left_ -= 64;
-#endif
-  }
-  void fetch(int64_t bytes) {
-    for (; bytes > 0; bytes -= 64) fetch();
-  }
-
- private:
-  struct Run {
-    const char* at;
-    int64_t bytes;
-  };
-  Run runs_[2 * CHUNK];
-  int count_ = 0, next_ = 0;
-  int64_t bytes_ = 0, left_ = 0;
-  const char* at_ = nullptr;
+// A split of a task of some layer, which its keys stand for.
+struct Split {
+  const void* keys = nullptr;
+  const int32_t* task = nullptr;
+  int number = 0;
+  bool operator==(const Split&) const = default;
 };
 
 // Buffers stay with the thread from call to call.
 template <class E> struct Buffers {
-  Lines<typename E::T> queries, keys, values, weights;
-  Lines<float> scores;
+  Lines<typename E::T> queries, keys, values, weights, nothing;
+  Lines<float> scores, factors;
   State part, whole;
+  Split asked;  // was asked for, and comes next most likely
 };
 
 // A step's call, with this layer's tensors.
@@ -100,28 +68,31 @@ template <class E> struct Worker {
   const Layer& call;
   const int group, head_size;
   const int64_t key_steps, value_panels, width, q_width;  // width: head_size in whole panels
-  Lines<T>&queries, &keys, &values, &weights;
-  Lines<float>& scores;
+  Lines<T>&queries, &keys, &values, &weights, &nothing;
+  Lines<float>&scores, &factors;
   State &part, &whole;
+  Split& asked;
   // of the task at hand; its queries lie head by head, and of each KV head token by token
-  Ahead ahead;
-  bool is_ahead = false;  // the chunk that comes next was asked for
-  const int32_t* following = nullptr;  // the task that this thread most likely takes next
+  ReadAhead<2 * SPLIT> ahead;
+  const int32_t* task = nullptr;
   int row = 0, kv_head = 0, num_kv_heads = 1, first = 0, tokens = 0, per_head = 0, num_queries = 0, past = 0;
 
   Worker(const Layer& c, Buffers<E>& b)
       : call(c), group(c.num_heads / c.num_kv_heads), head_size(c.head_size), key_steps(steps_of<E>(c.head_size)),
         value_panels(round_up(c.head_size, NR) / NR), width(value_panels * NR), q_width(key_steps * E::P), queries(b.queries), keys(b.keys),
-        values(b.values), weights(b.weights), scores(b.scores), part(b.part), whole(b.whole) {
+        values(b.values), weights(b.weights), nothing(b.nothing), scores(b.scores), factors(b.factors), part(b.part), whole(b.whole), asked(b.asked) {
     const auto rows = static_cast<size_t>(std::max(tokens_per_task(group) * group, tokens_of_all(group) * c.num_heads));
+    const auto at_once = static_cast<size_t>(std::max(MAX_MR, tokens_of_all(group) * c.num_heads));
     queries.resize(rows * static_cast<size_t>(q_width));
-    keys.resize(static_cast<size_t>(CHUNK * q_width));
-    values.resize(static_cast<size_t>(CHUNK * width));
-    weights.resize(static_cast<size_t>(MAX_MR * CHUNK));
-    scores.resize(static_cast<size_t>(MAX_MR * CHUNK));
+    keys.resize(static_cast<size_t>(SPLIT * q_width));
+    values.resize(static_cast<size_t>(SPLIT * width));
+    weights.resize(at_once * SPLIT);
+    scores.resize(at_once * SPLIT);
+    nothing.resize(static_cast<size_t>(c.num_kv_heads * head_size));
   }
 
-  void take(const int32_t* task) {
+  void take(const int32_t* taken) {
+    task = taken;
     row = task[0], kv_head = std::max(0, task[1]), num_kv_heads = task[1] == ALL ? call.num_kv_heads : 1, first = task[2];
     const int begin = call.query_starts[row], end = call.query_starts[row + 1];
     tokens = std::min(task[1] == ALL ? tokens_of_all(group) : tokens_per_task(group), end - first);
@@ -145,96 +116,92 @@ template <class E> struct Worker {
   int first_split() const { return begin_of(0) / SPLIT; }
   int num_splits() const { return last() / SPLIT + 1; }
 
-  // Calls fn(p, element offset of the keys and values of `head` at position start + p) for positions from `from` to `to` of a chunk whose block is there.
-  template <class Fn> void each_slot(int of_row, int head, int start, int from, int to, Fn fn) const {
+  // Calls fn(p, count, element offset of the keys and values of `head` at position start + p) for the blocks that are there from position `from` to `to`:
+  // `count` positions, `stride()` apart.
+  template <class Fn> void each_block(int of_row, int head, int start, int from, int to, Fn fn) const {
     const int32_t* table = call.tables + of_row * call.table_width;
-    const int64_t stride = static_cast<int64_t>(call.num_kv_heads) * head_size;
-    for (int p = std::max(0, from - start), end = std::min(CHUNK, to - start); p < end;) {
-      const int index = (start + p) / call.block_size, slot = (start + p) % call.block_size, block_end = std::min(end, p + call.block_size - slot);
-      if (table[index] < 0) {
-        p = block_end;
-        continue;
-      }
-      int64_t offset = (static_cast<int64_t>(table[index]) * call.block_size + slot) * stride + static_cast<int64_t>(head) * head_size;
-      for (; p < block_end; p++, offset += stride) fn(p, offset);
+    for (int at = std::max(start, from), block_end; at < to; at = block_end) {
+      const int index = at / call.block_size;
+      block_end = std::min(to, (index + 1) * call.block_size);
+      if (table[index] < 0) continue;
+      const int64_t slot = static_cast<int64_t>(table[index]) * call.block_size + at - index * call.block_size;
+      fn(at - start, block_end - at, slot * stride() + static_cast<int64_t>(head) * head_size);
     }
   }
+  int64_t stride() const { return static_cast<int64_t>(call.num_kv_heads) * head_size; }
 
-  int64_t bytes_of_all() const { return num_kv_heads * head_size * static_cast<int64_t>(sizeof(T)); }
+  int64_t bytes_of(int heads) const { return static_cast<int64_t>(heads) * head_size * static_cast<int64_t>(sizeof(T)); }
+  const T* key_at(int64_t offset) const { return static_cast<const T*>(call.k) + offset; }
+  const T* value_at(int64_t offset) const { return static_cast<const T*>(call.v) + offset; }
 
-  // Read every line of a chunk of the task's heads once, in the order of memory: the processor then reads ahead. Packing would wait for each line.
+  // Read every line of a split of the task's heads once, in the order of memory: the processor then reads ahead. What follows would wait for each line.
   void touch(int start, int from, int to) const {
     for (const void* cache : {call.k, call.v})
-      each_slot(row, kv_head, start, from, to, [&](int, int64_t offset) {
-        const auto* line = reinterpret_cast<const volatile char*>(static_cast<const T*>(cache) + offset);
-        for (int64_t at = 0; at < bytes_of_all(); at += 64) (void)line[at];
+      each_block(row, kv_head, start, from, to, [&](int, int count, int64_t offset) {
+        for (int i = 0; i < count; i++, offset += stride())
+          for (int64_t at = 0; at < bytes_of(num_kv_heads); at += 64) (void)reinterpret_cast<const volatile char*>(static_cast<const T*>(cache) + offset)[at];
       });
   }
 
-  // The next chunk of the task's heads; behind the last one the first of the task that follows, if both are of all heads.
-  void look_ahead(int start) {
-    ahead.begin(bytes_of_all());
-    const auto add = [&](int, int64_t offset) { ahead.add(reinterpret_cast<const char*>(static_cast<const T*>(call.k) + offset), reinterpret_cast<const char*>(static_cast<const T*>(call.v) + offset)); };
-    if (start <= last()) each_slot(row, kv_head, start, begin_of(0), last() + 1, add);
-    else if (num_kv_heads > 1 && following != nullptr && following[1] == ALL && call.window == 0) each_slot(following[0], 0, 0, 0, call.kv_lens[following[0]], add);
-    is_ahead = ahead.has_more();
+  // Have what this thread most likely reads next asked for while it computes: keys, then values of a split of this task or of another one.
+  void look_ahead(const int32_t* of, int split) {
+    ahead.begin();
+    asked = {};
+    if (of == nullptr) return;
+    const bool is_own = of == task;
+    if (!is_own && call.window > 0) return;
+    const int head = std::max(0, of[1]), start = split * SPLIT, from = is_own ? std::max(start, begin_of(0)) : start;
+    const int to = std::min(start + SPLIT, is_own ? last() + 1 : call.kv_lens[of[0]]);
+    const int64_t bytes = bytes_of(of[1] == ALL ? call.num_kv_heads : 1), bytes_of_stride = bytes_of(call.num_kv_heads);
+    for (const void* cache : {call.k, call.v})
+      each_block(of[0], head, 0, from, to, [&](int, int count, int64_t offset) { ahead.add(static_cast<const T*>(cache) + offset, bytes, bytes_of_stride, count); });
+    asked = {call.k, of, split};
   }
 
-  // Where keys and values of a chunk lie, of the first head; null for what is outside, which may never have been written and counts as zero.
+  // Where keys and values of a split lie, of the task's first head; what is outside, which may never have been written, counts as zero.
   struct Found {
-    const T* keys[CHUNK] = {};
-    const T* values[CHUNK] = {};
-    int end = 0;  // positions from here on are outside
-    void shift(int64_t offset) {
-      for (auto* list : {keys, values})
-        for (int p = 0; p < end; p++) list[p] = list[p] != nullptr ? list[p] + offset : nullptr;
-    }
+    const T* keys[SPLIT];
+    const T* values[SPLIT];
+    int begin, end;  // positions that a task sees, from the split's beginning; those up to the next multiple of NR can be read
   };
   void find(int start, int from, int to, Found& found) const {
-    each_slot(row, kv_head, start, from, to, [&](int p, int64_t offset) {
-      found.keys[p] = static_cast<const T*>(call.k) + offset;
-      found.values[p] = static_cast<const T*>(call.v) + offset;
-      found.end = p + 1;
+    found.begin = std::max(0, from - start) / NR * NR, found.end = to - start;
+    const int end = static_cast<int>(round_up(found.end, NR));
+    std::fill(found.keys + found.begin, found.keys + end, nothing.data()), std::fill(found.values + found.begin, found.values + end, nothing.data());
+    each_block(row, kv_head, start, from, to, [&](int p, int count, int64_t offset) {
+      for (int i = p; i < p + count; i++, offset += stride()) found.keys[i] = key_at(offset), found.values[i] = value_at(offset);
     });
   }
-  static const T* part_of(const T* row, int64_t panel) { return row != nullptr ? row + panel * NR : nullptr; }
 
-  void pack(const Found& found) {
-    const auto &from_k = found.keys, &from_v = found.values;
+  void pack(const Found& found, int head) {
+    const int end = static_cast<int>(round_up(found.end, NR));
 #if defined(__AVX512F__)
-    if (head_size * sizeof(T) % 64 == 0) pack_keys_by_16(from_k);
+    if (head_size * sizeof(T) % 64 == 0) pack_keys_by_16(found, head, end);
     else
 #endif
-      for (int p = 0; p < CHUNK; p++) pack_key(from_k[p], p);
-    for (int p = 0; p < CHUNK; p += E::P) {
-      pack_values(from_v + p, p / E::P);
-      if (p % 4 == 0) ahead.fetch(2 * bytes_of_all());
+      for (int p = found.begin; p < end; p++) pack_key(found.keys[p] + head * head_size, p);
+    for (int p = found.begin; p < end; p += E::P) {
+      pack_values(found.values + p, head, p / E::P);
+      if (p % 4 == 0) ahead.fetch(2 * bytes_of(num_kv_heads));
     }
   }
 
 #if defined(__AVX512F__)
-  void pack_keys_by_16(const T* const* from) {  // 16 positions and 64 bytes of each at a time
+  void pack_keys_by_16(const Found& found, int head, int end) {  // 16 positions and 64 bytes of each at a time
     constexpr int64_t LINE = 64 / sizeof(T);
-    for (int p = 0; p < CHUNK; p += 16)
+    for (int p = found.begin; p < end; p += 16)
       for (int64_t d = 0; d < head_size; d += LINE) {
-        const void* rows[16];
-        for (int i = 0; i < 16; i++) rows[i] = from[p + i] != nullptr ? from[p + i] + d : nullptr;
         T* to = keys.data() + (p / NR) * (key_steps * NR * E::P) + (d / E::P * NR + p % NR) * E::P;
-        ahead.fetch(2 * bytes_of_all());
-        I found[16];
-        transpose16(rows, found);
-        for (int i = 0; i < 16; i++) storei(to + i * NR * E::P, found[i]);
+        ahead.fetch(2 * bytes_of(num_kv_heads));
+        I turned[16];
+        transpose16(found.keys + p, head * head_size + d, turned);
+        for (int i = 0; i < 16; i++) storei(to + i * NR * E::P, turned[i]);
       }
   }
 #endif
 
   void pack_key(const T* from, int p) {
     T* to = keys.data() + (p / NR) * (key_steps * NR * E::P) + (p % NR) * E::P;
-    if (from == nullptr) {
-      for (int64_t s = 0; s < key_steps; s++, to += NR * E::P)
-        for (int i = 0; i < E::P; i++) to[i] = T{0};
-      return;
-    }
     const int64_t whole_steps = head_size / E::P;
     for (int64_t s = 0; s < whole_steps; s++, to += NR * E::P) std::memcpy(to, from + s * E::P, sizeof(T) * E::P);
     if (whole_steps < key_steps) {
@@ -243,155 +210,164 @@ template <class E> struct Worker {
     }
   }
 
-  void pack_values(const T* const* from, int64_t step) {
+  void pack_values(const T* const* from, int head, int64_t step) {
     for (int64_t panel = 0; panel < value_panels; panel++) {
-      T* to = values.data() + panel * (CHUNK * NR) + step * NR * E::P;
+      T* to = values.data() + panel * (SPLIT * NR) + step * NR * E::P;
+      const int64_t at = head * head_size + panel * NR;
       const int count = static_cast<int>(std::min<int64_t>(NR, head_size - panel * NR));
 #if defined(__AVX512F__)
       if constexpr (E::P == 2)
         if (count == NR) {
           I low, high;
-          interleave32(part_of(from[0], panel), part_of(from[1], panel), low, high);
+          interleave32(from[0] + at, from[1] + at, low, high);
           storei(to, low), storei(to + NR, high);
           continue;
         }
 #endif
-      for (int i = 0; i < E::P; i++) {
-        const T* row_of = from[i] != nullptr ? from[i] + panel * NR : nullptr;
-        for (int d = 0; d < NR; d++) to[d * E::P + i] = row_of != nullptr && d < count ? row_of[d] : T{0};
-      }
+      for (int i = 0; i < E::P; i++)
+        for (int d = 0; d < NR; d++) to[d * E::P + i] = d < count ? from[i][at + d] : T{0};
     }
   }
 
-  // One split into `part`.
-  void run_split(int split) {
-    part.reset(num_queries, width);
-    const int begin = std::max(split * SPLIT, begin_of(0) / CHUNK * CHUNK), end = std::min((split + 1) * SPLIT, last() + 1);
-    for (int start = begin; start < end; start += CHUNK) {
-      if (!is_ahead) touch(start, begin_of(0), end);
-      look_ahead(start + CHUNK);  // beyond the split as well
-      Found found;
-      find(start, begin_of(0), end, found);
+  // One split into `part`; most likely this thread has `next_split` of `next_task` after it.
+  void run_split(int split, const int32_t* next_task, int next_split) {
+    const int start = split * SPLIT, end = std::min(start + SPLIT, last() + 1);
+    part.resize(num_queries, width);
+    if (asked != Split{call.k, task, split}) touch(start, begin_of(0), end);
+    look_ahead(next_task, next_split);
+    Found found;
+    find(start, begin_of(0), end, found);
+#if defined(__AVX512F__)
+    if constexpr (E::P == 2)
+      if (per_head <= FEW && head_size % NR == 0) {
+        with_rows<FEW>(per_head, [&]<int MR>() { split_of_few<MR>(start, found); });
+        return finish_ahead();
+      }
+#endif
+    for (int head = 0; head < num_kv_heads; head++) {
+      pack(found, head);
+      const int past_head = (head + 1) * per_head;
+      for (int query = head * per_head; query < past_head; query += MAX_MR)
+        with_rows(std::min(MAX_MR, past_head - query), [&]<int MR>() { tile<MR>(query, start, found); });
+    }
+    finish_ahead();
+  }
+
+  void finish_ahead() {  // what fewer tiles left
+    while (ahead.has_more()) ahead.fetch(64);
+  }
+
+#if defined(__AVX512F__)
+  // Few queries: packing would cost more than it saves. Keys and values are turned in registers and used there, in the order of `tile`.
+  template <int MR> void split_of_few(int start, const Found& found) {
+    const int end = static_cast<int>(round_up(found.end, NR));
+    for (int p = found.begin; p < end; p += NR)
       for (int head = 0; head < num_kv_heads; head++) {
-        const int past_head = (head + 1) * per_head;
-        if (head > 0) found.shift(head_size);
-#if defined(__AVX512F__)
-        if constexpr (E::P == 2)
-          if (per_head <= FEW && head_size % NR == 0) {
-            with_rows<FEW>(per_head, [&]<int MR>() { chunk_of_few<MR>(head * per_head, start, found); });
-            continue;
-          }
-#endif
-        pack(found);
-        for (int query = head * per_head; query < past_head; query += MAX_MR) {
-          const int count = std::min(MAX_MR, past_head - query);
-          if (position(query + count - 1) < start) continue;  // none of them sees this chunk
-          with_rows(count, [&]<int MR>() { chunk<MR>(query, start); });
-        }
-      }
-      while (ahead.has_more()) ahead.fetch(64);  // what fewer tiles left
-    }
-  }
-
-#if defined(__AVX512F__)
-  // Few queries: packing would cost more than it saves. Keys and values are turned in registers and used there, in the order of `chunk`.
-  template <int MR> void chunk_of_few(int query, int start, const Found& found) {
-    for (int p = 0; p < CHUNK; p += 16) {
-      F c[MR];
-      for (int i = 0; i < MR; i++) c[i] = zero();
-      for (int64_t d = 0; d < head_size && p < found.end; d += 32) {
-        const void* rows[16];
-        for (int i = 0; i < 16; i++) rows[i] = found.keys[p + i] != nullptr ? found.keys[p + i] + d : nullptr;
-        I turned[16];
-        transpose16(rows, turned);
+        F c[MR][2];
+        for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
+        for (int64_t d = 0; d < head_size; d += 32)
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; half++) {
+            I turned[16];
+            transpose16(found.keys + p + half * 16, head * head_size + d, turned);
 #pragma GCC unroll 16
-        for (int s = 0; s < 16; s++) {
-          ahead.fetch();
+            for (int s = 0; s < 16; s++) {
+              ahead.fetch();
 #pragma GCC unroll 4
-          for (int i = 0; i < MR; i++) c[i] = dot2(c[i], bcast(queries.data() + (query + i) * q_width + d + 2 * s), turned[s]);
-        }
+              for (int i = 0; i < MR; i++) c[i][half] = dot2(c[i][half], bcast(queries.data() + (head * MR + i) * q_width + d + 2 * s), turned[s]);
+            }
+          }
+        float* to = scores.data() + head * MR * SPLIT + p;
+        for (int i = 0; i < MR; i++) store(to + i * SPLIT, c[i][0]), store(to + i * SPLIT + W, c[i][1]);
       }
-      for (int i = 0; i < MR; i++) store(scores.data() + i * CHUNK + p, c[i]);
+    soften(0, num_queries, start, found.begin, end);
+    for (int head = 0; head < num_kv_heads; head++) {
+      int64_t panel = 0;
+      for (; panel + 2 <= value_panels; panel += 2) values_of_few<MR, 2>(head, panel, found, end);
+      if (panel < value_panels) values_of_few<MR, 1>(head, panel, found, end);
     }
-    for (int i = 0; i < MR; i++) soften(query + i, scores.data() + i * CHUNK, weights.data() + i * CHUNK, start);
-    for (int64_t panel = 0; panel < value_panels; panel++) {
-      F c[MR][2];
-      float* value = part.value.data() + query * width + panel * NR;
-      for (int i = 0; i < MR; i++) apart(load(value + i * width), load(value + i * width + W), c[i][0], c[i][1]);
-      for (int p = 0; p < CHUNK; p += 2) {
-        I low, high;
-        interleave_lanes(part_of(found.values[p], panel), part_of(found.values[p + 1], panel), low, high);
+  }
+
+  template <int MR, int N> inline __attribute__((always_inline)) void values_of_few(int head, int64_t panel, const Found& found, int end) {
+    F c[MR][N][2];
+    for (int i = 0; i < MR; i++)
+      for (int n = 0; n < N; n++) c[i][n][0] = c[i][n][1] = zero();
+    const int64_t at = head * head_size + panel * NR;
+    const T* weight = weights.data() + head * MR * SPLIT;
+    for (int p = found.begin; p < end; p += 2) {
+      I low[N], high[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) {
+        interleave_lanes(found.values[p] + at + n * NR, found.values[p + 1] + at + n * NR, low[n], high[n]);
         ahead.fetch(), ahead.fetch();
-        for (int i = 0; i < MR; i++) {
-          const I weight = bcast(weights.data() + i * CHUNK + p);
-          c[i][0] = dot2(c[i][0], weight, low), c[i][1] = dot2(c[i][1], weight, high);
-        }
       }
+#pragma GCC unroll 4
       for (int i = 0; i < MR; i++) {
-        F first, second;
-        together(c[i][0], c[i][1], first, second);
-        store(value + i * width, first), store(value + i * width + W, second);
+        const I w = bcast(weight + i * SPLIT + p);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) c[i][n][0] = dot2(c[i][n][0], w, low[n]), c[i][n][1] = dot2(c[i][n][1], w, high[n]);
       }
     }
+    for (int i = 0; i < MR; i++)
+      for (int n = 0; n < N; n++) {
+        F first, second;
+        together(c[i][n][0], c[i][n][1], first, second);
+        float* value = part.value.data() + (head * MR + i) * width + (panel + n) * NR;
+        store(value, first), store(value + W, second);
+      }
   }
 #endif
 
-  template <int MR> void chunk(int query, int start) {
-    for (int panel = 0; panel < CHUNK / NR; panel++) {
+  template <int MR> void tile(int query, int start, const Found& found) {
+    const int end = static_cast<int>(round_up(std::clamp(position(query + MR - 1) + 1 - start, 0, found.end), NR));  // what the last of them sees
+    for (int p = found.begin; p < end; p += NR) {
       F c[MR][2];
       for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
-      multiply<E, MR>(queries.data() + query * q_width, q_width, keys.data() + panel * (key_steps * NR * E::P), key_steps, c);
-      for (int i = 0; i < MR; i++) store(scores.data() + i * CHUNK + panel * NR, c[i][0]), store(scores.data() + i * CHUNK + panel * NR + W, c[i][1]);
+      multiply<E, MR>(queries.data() + query * q_width, q_width, keys.data() + p / NR * (key_steps * NR * E::P), key_steps, c);
+      for (int i = 0; i < MR; i++) store(scores.data() + i * SPLIT + p, c[i][0]), store(scores.data() + i * SPLIT + p + W, c[i][1]);
     }
-    for (int i = 0; i < MR; i++) {
-      ahead.fetch(2 * bytes_of_all());
-      soften(query + i, scores.data() + i * CHUNK, weights.data() + i * CHUNK, start);
-    }
+    soften(query, MR, start, found.begin, end);
     for (int64_t panel = 0; panel < value_panels; panel++) {
       F c[MR][2];
+      for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
+      multiply<E, MR>(weights.data() + found.begin, SPLIT, values.data() + panel * (SPLIT * NR) + found.begin * NR, (end - found.begin) / E::P, c);
       float* value = part.value.data() + query * width + panel * NR;
-      for (int i = 0; i < MR; i++) c[i][0] = load(value + i * width), c[i][1] = load(value + i * width + W);
-      multiply<E, MR>(weights.data(), CHUNK, values.data() + panel * (CHUNK * NR), CHUNK / E::P, c);
       for (int i = 0; i < MR; i++) store(value + i * width, c[i][0]), store(value + i * width + W, c[i][1]);
     }
   }
 
-  // Scores of one query over a chunk to weights, relative to the greatest score so far; what was summed before is scaled to it.
-  void soften(int query, float* s, T* weight, int start) {
-    const int from = std::max(0, begin_of(query) - start), to = std::min(CHUNK, position(query) + 1 - start);
-    constexpr int N = CHUNK / W;
-    if (to <= 0) {  // it sees nothing of this chunk
-      std::fill(weight, weight + CHUNK, T{0});
-      return;
+  // Scores of some queries over positions `begin` to `end` of a split to weights, relative to the greatest score of each. What a query does not see weighs nothing.
+  void soften(int query, int count, int start, int begin, int end) {
+    for (int i = 0; i < count; i++) {
+      float* s = scores.data() + i * SPLIT;
+      const int from = std::max(begin, begin_of(query + i) - start), to = std::min(end, position(query + i) + 1 - start);
+      F most = set1(NONE);
+      for (int n = from / W * W; n < to; n += W) {
+        F x = mul(load(s + n), set1(call.scale));
+        if (call.soft_cap > 0) x = cap(x);
+        if (n < from || n + W > to) x = within(x, from - n, to - n, NONE);
+        store(s + n, x);
+        most = vmax(most, x);
+        if (num_kv_heads == 1) ahead.fetch(64);
+      }
+      part.top[static_cast<size_t>(query + i)] = top(most);
     }
-    F x[N];
-    for (int n = 0; n < N; n++) {
-      x[n] = mul(load(s + n * W), set1(call.scale));
-      if (call.soft_cap > 0) x[n] = cap(x[n]);
+    for (int i = 0; i < count; i++) {
+      const float *s = scores.data() + i * SPLIT, now = part.top[static_cast<size_t>(query + i)];
+      T* weight = weights.data() + i * SPLIT;
+      const bool is_seen = now != NONE;
+      const int from = is_seen ? std::max(begin, begin_of(query + i) - start) / W * W : end, to = is_seen ? std::min(end, position(query + i) + 1 - start) : end;
+      std::fill(weight + begin, weight + from, T{0});
+      F total = zero();
+      int n = from;
+      for (; n < to; n += W) {
+        const F w = vexp(sub(load(s + n), set1(now)));
+        total = add(total, w);
+        E::from_weight(weight + n, w);
+      }
+      if (n < end) std::fill(weight + n, weight + end, T{0});
+      part.total[static_cast<size_t>(query + i)] = sum(total);
     }
-    if (from > 0 || to < CHUNK)
-      for (int n = 0; n < N; n++) x[n] = within(x[n], from - n * W, to - n * W, NONE);
-    F most = x[0];
-    for (int n = 1; n < N; n++) most = vmax(most, x[n]);
-    const auto q = static_cast<size_t>(query);
-    const float before = part.top[q], now = std::max(before, top(most));
-    if (now == NONE) {
-      std::fill(weight, weight + CHUNK, T{0});
-      return;
-    }
-    F total = zero();
-    for (int n = 0; n < N; n++) {
-      const F w = vexp(sub(x[n], set1(now)));
-      total = add(total, w);
-      E::from_weight(weight + n * W, w);
-    }
-    if (before != now) {
-      const float factor = exp1(before - now);
-      part.top[q] = now;
-      part.total[q] *= factor;
-      scale(part.value.data() + query * width, factor);
-    }
-    part.total[q] += sum(total);
   }
 
   F cap(F x) const {  // soft_cap * tanh(x / soft_cap), by e**(2y); tanh is 1 from 15 on in float32
@@ -400,21 +376,22 @@ template <class E> struct Worker {
     return mul(set1(call.soft_cap), div(sub(e, set1(1.0f)), add(e, set1(1.0f))));
   }
 
-  void scale(float* value, float factor) const {
-    for (int64_t d = 0; d < width; d += W) store(value + d, mul(load(value + d), set1(factor)));
-  }
-
-  // whole and a partial result become whole.
-  void merge(const float* tops, const float* totals, const float* value) {
+  // Another part of the same queries joins `whole`.
+  void merge(const State& other) {
+    const auto rounded = round_up(num_queries, W);
+    factors.resize(static_cast<size_t>(2 * rounded));
+    float *old = factors.data(), *own = old + rounded;
+    for (int64_t q = 0; q < rounded; q += W) {
+      const F before = load(whole.top.data() + q), top = load(other.top.data() + q), now = vmax(vmax(before, top), set1(LEAST));
+      const F f = vexp(sub(before, now)), g = vexp(sub(top, now));
+      store(old + q, f), store(own + q, g), store(whole.top.data() + q, vmax(before, top));
+      store(whole.total.data() + q, fma(load(other.total.data() + q), g, mul(load(whole.total.data() + q), f)));
+    }
     for (int query = 0; query < num_queries; query++) {
-      const auto q = static_cast<size_t>(query);
-      if (tops[q] == NONE) continue;
-      const float now = std::max(whole.top[q], tops[q]);
-      const F old = set1(exp1(whole.top[q] - now)), own = set1(exp1(tops[q] - now));
+      const float* value = other.value.data() + query * width;
       float* into = whole.value.data() + query * width;
-      for (int64_t d = 0; d < width; d += W) store(into + d, fma(load(value + query * width + d), own, mul(load(into + d), old)));
-      whole.total[q] = whole.total[q] * exp1(whole.top[q] - now) + totals[q] * exp1(tops[q] - now);
-      whole.top[q] = now;
+      const F f = set1(old[query]), g = set1(own[query]);
+      for (int64_t d = 0; d < width; d += W) store(into + d, fma(load(value + d), g, mul(load(into + d), f)));
     }
   }
 
@@ -427,12 +404,13 @@ template <class E> struct Worker {
     }
   }
 
-  void run(const int32_t* task) {
-    take(task);
-    whole.reset(num_queries, width);
-    for (int split = first_split(); split < num_splits(); split++) {
-      run_split(split);
-      merge(part.top.data(), part.total.data(), part.value.data());
+  void run(const int32_t* taken, const int32_t* following) {
+    take(taken);
+    const int first_of_all = first_split(), past_all = num_splits();
+    for (int split = first_of_all; split < past_all; split++) {
+      run_split(split, split + 1 < past_all ? task : following, split + 1 < past_all ? split + 1 : 0);
+      if (split == first_of_all) std::swap(whole, part);
+      else merge(part);
     }
     write();
   }
@@ -451,8 +429,8 @@ template <class E> void run_tasks(const Layer& call) {
     with_worker<E>(call, [&](Worker<E>& worker) {
       const int64_t end = std::min<int64_t>(call.num_tasks, (piece + 1) * grain);
       for (int64_t i = piece * grain; i < end; i++) {
-        worker.following = i + 1 < call.num_tasks ? call.tasks + 3 * (i + 1) : nullptr;  // most often this thread's, in the next piece too
-        worker.run(call.tasks + 3 * i);
+        const int32_t *task = call.tasks + 3 * i, *next = i + 1 < call.num_tasks ? task + 3 : nullptr;  // in the next piece too, which most often is this thread's
+        worker.run(task, next != nullptr && task[1] == ALL && next[1] == ALL ? next : nullptr);
       }
     });
   });
@@ -467,17 +445,19 @@ template <class E> void run_splits(const Layer& call) {
       worker.take(call.tasks + 3 * (piece / splits));
       const int split = static_cast<int>(piece % splits);
       if (split < worker.first_split() || split >= worker.num_splits()) return;
-      worker.run_split(split);
+      const int64_t next = piece + 1;
+      worker.run_split(split, next < call.num_tasks * splits ? call.tasks + 3 * (next / splits) : nullptr, static_cast<int>(next % splits));
       std::swap(parts[static_cast<size_t>(piece)], worker.part);
     });
   });
   parallel_for(call.num_tasks, [&](int64_t task) {
     with_worker<E>(call, [&](Worker<E>& worker) {
       worker.take(call.tasks + 3 * task);
-      worker.whole.reset(worker.num_queries, worker.width);
-      for (int64_t split = 0; split < splits; split++) {
-        const State& part = parts[static_cast<size_t>(task * splits + split)];
-        if (!part.top.empty()) worker.merge(part.top.data(), part.total.data(), part.value.data());
+      const int first = worker.first_split();
+      for (int split = first; split < worker.num_splits(); split++) {
+        State& part = parts[static_cast<size_t>(task * splits + split)];
+        if (split == first) std::swap(worker.whole, part);
+        else worker.merge(part);
       }
       worker.write();
     });

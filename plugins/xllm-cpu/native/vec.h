@@ -240,11 +240,11 @@ template <class E> inline void store_part(typename E::T* p, F x, int64_t n) {
 }
 
 #if defined(__AVX512F__)
-// 16 rows of 16 numbers of 32 bits, transposed: out[i][j] = in[j][i]. Rows may be null (zeros).
-inline __attribute__((always_inline)) void transpose16(const void* const* in, I (&out)[16]) {
+// 64 bytes of 16 rows, from element `at` on, as 16 numbers of 32 bits each, transposed: out[i][j] = in[j][i].
+template <class T> inline __attribute__((always_inline)) void transpose16(const T* const* in, int64_t at, I (&out)[16]) {
   __m512i r[16], t[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = in[i] != nullptr ? _mm512_loadu_si512(in[i]) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in[i] + at);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
 #pragma GCC unroll 16
@@ -264,9 +264,9 @@ inline __attribute__((always_inline)) void transpose16(const void* const* in, I 
   }
 }
 
-// Two rows of 32 numbers of 16 bits, element beside element: a0 b0 a1 b1 ... Rows may be null (zeros).
+// Two rows of 32 numbers of 16 bits, element beside element: a0 b0 a1 b1 ...
 inline __attribute__((always_inline)) void interleave32(const bf16* a, const bf16* b, I& low, I& high) {
-  const __m512i x = a != nullptr ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b != nullptr ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
   alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i order = _mm512_load_si512(FIRST);
   low.v = _mm512_permutex2var_epi16(x, order, y);
@@ -276,7 +276,7 @@ inline __attribute__((always_inline)) void interleave32(const bf16* a, const bf1
 // The same within 128 bits, which takes half as long: `low` gets elements 0-3, 8-11, 16-19, 24-27, `high` the rest. `apart` puts sums of 32 columns
 // in that order, `together` puts them back.
 inline __attribute__((always_inline)) void interleave_lanes(const bf16* a, const bf16* b, I& low, I& high) {
-  const __m512i x = a != nullptr ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b != nullptr ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
   low.v = _mm512_unpacklo_epi16(x, y), high.v = _mm512_unpackhi_epi16(x, y);
 }
 inline void apart(F first, F second, F& low, F& high) {
