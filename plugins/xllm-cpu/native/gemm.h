@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "kv_ahead.h"
 #include "vec.h"
 
 namespace xllm {
@@ -55,6 +56,17 @@ template <int MR> inline __attribute__((always_inline)) void fetch_step(const ch
 #endif
 }
 
+// Ask for a line of `runs`, and go on to the next.
+inline __attribute__((always_inline)) void fetch_run(const Runs& runs, int64_t k, const char*& line) {
+#if defined(__AVX512F__)
+  if (k % Runs::STEPS == 0) line = runs[k];
+  _mm_prefetch(line, _MM_HINT_T1);
+  line += 32;
+#else
+  (void)runs, (void)k, (void)line;
+#endif
+}
+
 // Where to ask, for one tile of `count` over a panel. A few rows ask for what they are about to read; more, which come over it tile by tile, for the
 // panel behind it, a part in each tile: asked for in one of them it would want more than memory gives, and nothing from memory in the others.
 struct Ahead {
@@ -88,14 +100,15 @@ template <class T, int MR> class Rows {
   const int64_t one_, three_;
 };
 
-// c[i] += a[i] * B over `steps` steps of K. FETCHES: B is a weight, and what `ahead` says is asked for.
+// c[i] += a[i] * B over `steps` steps of K. FETCHES: B is a weight; what `ahead` says of it is asked for, and with more than a few rows `runs` too.
 template <class E, int MR, bool FETCHES = false>
 inline __attribute__((always_inline)) void multiply(
-    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2], Ahead ahead = {}) {
+    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2], Ahead ahead = {}, const Runs* runs = nullptr) {
   Rows<typename E::T, MR> rows(a, lda);
-  const char* line = reinterpret_cast<const char*>(b) + ahead.start;
+  const char *line = reinterpret_cast<const char*>(b) + ahead.start, *other = nullptr;
   for (int64_t k = 0; k < steps; k++, b += NR * E::P) {
     if constexpr (FETCHES) fetch_step<MR>(line), line += ahead.stride;
+    if constexpr (FETCHES && MR > FEW_ROWS) fetch_run(*runs, k, other);
     if constexpr (E::P == 2) {
       const I b0 = loadi(b), b1 = loadi(b + NR);
 #pragma GCC unroll 14

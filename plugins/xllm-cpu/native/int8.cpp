@@ -70,11 +70,13 @@ template <class E> struct Int8Call {
   const char* packed;
   int64_t k, row_bytes;
   Output<E> to;
+  NextAttention next = next_attention();
 
   template <int MR> void tile(int64_t row, int64_t panel, int64_t nth, int64_t count) const {
     const Ahead ahead = Ahead::of<MR>(panel_bytes(k), NR * P, nth, count);
     const char* first = rows + row * row_bytes;
     const char* head = packed + panel * panel_bytes(k);
+    const Runs runs(next, MR > FEW_ROWS ? padded(k) / P : 0, head);
     const char* steps = head + NR * sizeof(int32_t);
     const char* b = steps + NR * sizeof(float);
     I c[MR][2];
@@ -84,9 +86,10 @@ template <class E> struct Int8Call {
       c[i][0] = multiplied(minus_zero, total0), c[i][1] = multiplied(minus_zero, total1);
     });
     Rows<char, MR> a(first + ROW_HEAD, row_bytes);
-    const char* line = b + ahead.start;
+    const char *line = b + ahead.start, *other = nullptr;
     for (int64_t at = 0; at < padded(k); at += P, b += NR * P, line += ahead.stride, a.advance(P)) {
       fetch_step<MR>(line);
+      if constexpr (MR > FEW_ROWS) fetch_run(runs, at / P, other);
       const Bytes b0 = as_signed(loadi(b)), b1 = as_signed(loadi(b + W * P));
       unrolled<MR>([&](auto i) __attribute__((always_inline)) {
         const Bytes x = as_unsigned(bcast(a[i]));

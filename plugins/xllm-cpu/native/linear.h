@@ -86,13 +86,15 @@ template <class E> struct Call {
   void* out;
   int64_t m, n, k, ldx, ldo;
   bool fuses, is_wide, is_streamed = streams(out, m, n, ldo, is_wide);
+  NextAttention next = next_attention();
 
   template <int MR> void tile(int64_t row, int64_t panel, int64_t at, int64_t count) const {
     constexpr int64_t BYTES = sizeof(typename E::T);
+    const int64_t size = panel_size<E>(k);
+    const Runs runs(next, MR > FEW_ROWS ? steps_of<E>(k) : 0, packed + panel * size);
     F c[MR][2];
     for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
-    const int64_t size = panel_size<E>(k);
-    multiply<E, MR, true>(x + row * ldx, ldx, packed + panel * size, steps_of<E>(k), c, Ahead::of<MR>(size * BYTES, NR * E::P * BYTES, at, count));
+    multiply<E, MR, true>(x + row * ldx, ldx, packed + panel * size, steps_of<E>(k), c, Ahead::of<MR>(size * BYTES, NR * E::P * BYTES, at, count), &runs);
     const Output<E> to{bias, out, n, ldo, fuses, is_wide, is_streamed};
     for (int i = 0; i < MR; i++) to.store(row + i, panel, c[i][0], c[i][1]);
   }

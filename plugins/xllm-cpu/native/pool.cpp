@@ -24,6 +24,8 @@ namespace {
 
 constexpr int SPINS = 12000;
 
+thread_local int index_of_thread = 0;
+
 // Pieces from `front` to before `back`, in one word so that one exchange takes either end.
 class alignas(64) Range {
  public:
@@ -78,6 +80,7 @@ struct Pool {
 
   void work(size_t own) {
     uint64_t seen = 0;
+    index_of_thread = static_cast<int>(own);
     for (;;) {
       for (int spin = 0; spin < SPINS && job.load(std::memory_order_acquire) == seen; spin++) XLLM_PAUSE();
       if (job.load(std::memory_order_acquire) == seen) {
@@ -117,6 +120,8 @@ int wanted = 1;
 pid_t owner = 0;
 
 }  // namespace
+
+int thread_index() { return index_of_thread; }
 
 int num_threads() { return wanted; }
 

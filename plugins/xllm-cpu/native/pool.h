@@ -10,6 +10,9 @@ using Piece = void (*)(void* context, int64_t piece);
 // Run `piece(context, 0 .. count - 1)` on the caller and the pool's threads; returns when all are done. One caller at a time.
 void parallel(int64_t count, void* context, Piece piece);
 
+// Which of a job's threads this one is: 0 for the caller, from 1 on for the pool's.
+int thread_index();
+
 // Threads a job has, the caller's included. Setting it joins the old ones.
 int num_threads();
 void set_num_threads(int count);

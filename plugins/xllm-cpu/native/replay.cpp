@@ -1,11 +1,13 @@
 // A step as a list of calls, made once and run by one call from outside. Arguments are those of the first run; of these only the number of rows
 // may be another: a graph serves every batch up to the one it was recorded with, and computes no padding.
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "api.h"
+#include "kv_ahead.h"
 
 namespace {
 
@@ -42,6 +44,27 @@ constexpr Entry ENTRIES[] = {
 };
 constexpr int NUM_ENTRIES = static_cast<int>(sizeof ENTRIES / sizeof ENTRIES[0]);
 
+// Says which attention comes next, before the calls that lead to it, and nothing once the replay is over.
+class Attentions {
+ public:
+  Attentions(const XllmCall* calls, int64_t count) : calls_(calls), count_(count) {}
+  ~Attentions() { xllm::set_next_attention(nullptr, nullptr, nullptr); }
+  void before(int64_t i) {
+    if (i <= next_) return;
+    static const int attention = xllm_replay_op("attention");
+    do next_++;
+    while (next_ < count_ && calls_[next_].op != attention);
+    const uint64_t* arguments = calls_[std::min(next_, count_ - 1)].arguments;
+    const bool is_there = next_ < count_;
+    xllm::set_next_attention(is_there ? argument<const XllmAttention*>(arguments[0]) : nullptr, argument<const void*>(arguments[2]), argument<const void*>(arguments[3]));
+  }
+
+ private:
+  const XllmCall* calls_;
+  const int64_t count_;
+  int64_t next_ = -1;
+};
+
 }  // namespace
 
 int xllm_replay_op(const char* name) {
@@ -51,9 +74,11 @@ int xllm_replay_op(const char* name) {
 }
 
 int64_t xllm_replay(const XllmCall* calls, int64_t count, int64_t rows) {
+  Attentions attentions(calls, count);
   for (int64_t i = 0; i < count; i++) {
     const XllmCall& call = calls[i];
     if (call.op < 0 || call.op >= NUM_ENTRIES) return i + 1;
+    attentions.before(i);
     uint64_t arguments[XLLM_MAX_ARGUMENTS];
     std::memcpy(arguments, call.arguments, sizeof arguments);
     if (call.rows_at >= 0) arguments[call.rows_at] = static_cast<uint64_t>(rows * call.rows_factor);
