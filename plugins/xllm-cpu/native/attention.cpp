@@ -25,6 +25,7 @@ constexpr int QUERIES = 96;  // rows of one task, at most: tokens times the head
 constexpr int FEW = 4;       // queries of one KV head
 constexpr int ALL = -1;      // a task of all KV heads
 constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LEAST = std::numeric_limits<float>::lowest();  // NONE less this is NONE
 static_assert(SPLIT % NR == 0);
 
@@ -258,27 +259,35 @@ template <class E> struct Worker {
   }
 
 #if defined(__AVX512F__)
-  // Few queries: packing would cost more than it saves. Keys and values are turned in registers and used there, in the order of `tile`.
+  // Few queries: keys are turned a panel of one head at a time, while those of the panel before it are multiplied, so that shuffles and products overlap;
+  // values are turned in registers and used there. In the order of `tile`.
   template <int MR> void split_of_few(int start, const Found& found) {
     const int end = static_cast<int>(round_up(found.end, NR));
+    T *current = keys.data(), *next = current + panel_size<E>(head_size);
+    for (int64_t part_of = 0; part_of < head_size / 16; part_of++) turn(found, found.begin, 0, part_of, current);
     for (int p = found.begin; p < end; p += NR)
       for (int head = 0; head < num_kv_heads; head++) {
+        const bool is_last_head = head + 1 == num_kv_heads;
+        const int next_p = is_last_head ? std::min(p + NR, end - NR) : p, next_head = is_last_head ? 0 : head + 1;
         F c[MR][2];
         for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
-        for (int64_t d = 0; d < head_size; d += 32)
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; half++) {
-            I turned[16];
-            transpose16(found.keys + p + half * 16, head * head_size + d, turned);
-#pragma GCC unroll 16
-            for (int s = 0; s < 16; s++) {
-              ahead.fetch();
+        for (int64_t part_of = 0; part_of < head_size / 16; part_of++) {
+          turn(found, next_p, next_head, part_of, next);
+          const T *query = queries.data() + head * MR * q_width + part_of * 16, *key = current + part_of * 16 * NR;
+#pragma GCC unroll 8
+          for (int s = 0; s < 8; s++) {
+            const I low = loadi(key + s * NR * 2), high = loadi(key + s * NR * 2 + NR);
+            ahead.fetch(), ahead.fetch();
 #pragma GCC unroll 4
-              for (int i = 0; i < MR; i++) c[i][half] = dot2(c[i][half], bcast(queries.data() + (head * MR + i) * q_width + d + 2 * s), turned[s]);
+            for (int i = 0; i < MR; i++) {
+              const I x = bcast(query + i * q_width + 2 * s);
+              c[i][0] = dot2(c[i][0], x, low), c[i][1] = dot2(c[i][1], x, high);
             }
           }
+        }
         float* to = scores.data() + head * MR * SPLIT + p;
         for (int i = 0; i < MR; i++) store(to + i * SPLIT, c[i][0]), store(to + i * SPLIT + W, c[i][1]);
+        std::swap(current, next);
       }
     soften(0, num_queries, start, found.begin, end);
     for (int head = 0; head < num_kv_heads; head++) {
@@ -286,6 +295,15 @@ template <class E> struct Worker {
       for (; panel + 2 <= value_panels; panel += 2) values_of_few<MR, 2>(head, panel, found, end);
       if (panel < value_panels) values_of_few<MR, 1>(head, panel, found, end);
     }
+  }
+
+  // The keys of one head at NR positions from p on, in as many parts as they have 16 elements: half of the positions, 32 elements of each.
+  inline __attribute__((always_inline)) void turn(const Found& found, int p, int head, int64_t part_of, T* to) const {
+    const int64_t half = part_of % 2 * 16, d = part_of / 2 * 32;
+    I turned[16];
+    transpose16(found.keys + p + half, head * head_size + d, turned);
+#pragma GCC unroll 16
+    for (int s = 0; s < 16; s++) storei(to + (d / 2 + s) * NR * 2 + half * 2, turned[s]);
   }
 
   template <int MR, int N> inline __attribute__((always_inline)) void values_of_few(int head, int64_t panel, const Found& found, int end) {
@@ -337,20 +355,23 @@ template <class E> struct Worker {
   }
 
   // Scores of some queries over positions `begin` to `end` of a split to weights, relative to the greatest score of each. What a query does not see weighs nothing.
+  // Scores count in powers of two from here on.
   void soften(int query, int count, int start, int begin, int end) {
+    const bool is_plain = call.soft_cap <= 0 && call.scale > 0, asks = num_kv_heads == 1;
+    const float factor = is_plain ? call.scale * LOG2_E : 1.0f;
     for (int i = 0; i < count; i++) {
       float* s = scores.data() + i * SPLIT;
-      const int from = std::max(begin, begin_of(query + i) - start), to = std::min(end, position(query + i) + 1 - start);
+      const int from = std::max(begin, begin_of(query + i) - start), to = std::min(end, position(query + i) + 1 - start), first = from / W * W;
+      if (!is_plain)
+        for (int n = first; n < to; n += W) store(s + n, mul(cap(mul(load(s + n), set1(call.scale))), set1(LOG2_E)));
+      if (first < from && from < to) store(s + first, within(load(s + first), from - first, W, NONE));
+      if (const int last = to / W * W; last < to && from < to) store(s + last, within(load(s + last), 0, to - last, NONE));
       F most = set1(NONE);
-      for (int n = from / W * W; n < to; n += W) {
-        F x = mul(load(s + n), set1(call.scale));
-        if (call.soft_cap > 0) x = cap(x);
-        if (n < from || n + W > to) x = within(x, from - n, to - n, NONE);
-        store(s + n, x);
-        most = vmax(most, x);
-        if (num_kv_heads == 1) ahead.fetch(64);
+      for (int n = first; n < to; n += W) {
+        most = vmax(most, load(s + n));
+        if (asks) ahead.fetch();
       }
-      part.top[static_cast<size_t>(query + i)] = top(most);
+      part.top[static_cast<size_t>(query + i)] = factor * top(most);
     }
     for (int i = 0; i < count; i++) {
       const float *s = scores.data() + i * SPLIT, now = part.top[static_cast<size_t>(query + i)];
@@ -359,9 +380,10 @@ template <class E> struct Worker {
       const int from = is_seen ? std::max(begin, begin_of(query + i) - start) / W * W : end, to = is_seen ? std::min(end, position(query + i) + 1 - start) : end;
       std::fill(weight + begin, weight + from, T{0});
       F total = zero();
+      const F by = set1(factor), less = set1(-now);
       int n = from;
       for (; n < to; n += W) {
-        const F w = vexp(sub(load(s + n), set1(now)));
+        const F w = E::weight(fma(load(s + n), by, less));
         total = add(total, w);
         E::from_weight(weight + n, w);
       }
@@ -371,6 +393,7 @@ template <class E> struct Worker {
   }
 
   F cap(F x) const {  // soft_cap * tanh(x / soft_cap), by e**(2y); tanh is 1 from 15 on in float32
+    if (call.soft_cap <= 0) return x;
     const F y = vmax(vmin(div(x, set1(call.soft_cap)), set1(15.0f)), set1(-15.0f));
     const F e = vexp(add(y, y));
     return mul(set1(call.soft_cap), div(sub(e, set1(1.0f)), add(e, set1(1.0f))));
@@ -383,7 +406,7 @@ template <class E> struct Worker {
     float *old = factors.data(), *own = old + rounded;
     for (int64_t q = 0; q < rounded; q += W) {
       const F before = load(whole.top.data() + q), top = load(other.top.data() + q), now = vmax(vmax(before, top), set1(LEAST));
-      const F f = vexp(sub(before, now)), g = vexp(sub(top, now));
+      const F f = vexp2<6>(sub(before, now)), g = vexp2<6>(sub(top, now));
       store(old + q, f), store(own + q, g), store(whole.top.data() + q, vmax(before, top));
       store(whole.total.data() + q, fma(load(other.total.data() + q), g, mul(load(whole.total.data() + q), f)));
     }

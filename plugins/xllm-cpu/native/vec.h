@@ -195,7 +195,33 @@ inline F vexp(F x) {
   return each<F>([&](int i) { return x.v[i] >= -87.0f ? y.v[i] : 0.0f; });
 #endif
 }
-inline float exp1(float x) { float t[W]; store(t, vexp(set1(x))); return t[0]; }
+
+// 2**x for x up to 1; below -126 it is 0, so that a masked score (-inf) weighs nothing. Relative error: 2e-7 for DEGREE 6, 3e-6 for DEGREE 4.
+// Minimax polynomials on [-1/2, 1/2] that are 1 at 0.
+template <int DEGREE> inline F vexp2(F x) {
+  static_assert(DEGREE == 4 || DEGREE == 6);
+#if defined(__AVX512F__)
+  const F within = x;
+#else
+  const F within = vmax(x, set1(-127.0f));  // powers of two beyond are no exponents of a float
+#endif
+  const F n = round_even(within), r = sub(within, n);
+  F p;
+  if constexpr (DEGREE == 4) {
+    p = fma(fma(fma(set1(9.582852945e-3f), r, set1(5.590642616e-2f)), r, set1(2.402409911e-1f)), r, set1(6.931241751e-1f));
+  } else {
+    p = fma(fma(set1(1.535515476e-4f), r, set1(1.339893555e-3f)), r, set1(9.618429467e-3f));
+    p = fma(fma(fma(p, r, set1(5.550332367e-2f)), r, set1(2.402264774e-1f)), r, set1(6.931471825e-1f));
+  }
+  const F y = scale2(fma(p, r, set1(1.0f)), n);
+#if defined(__AVX512F__)
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ), y.v)};
+#elif defined(__AVX2__)
+  return {_mm256_and_ps(y.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ))};
+#else
+  return each<F>([&](int i) { return x.v[i] >= -126.0f ? y.v[i] : 0.0f; });
+#endif
+}
 
 // An element type: how many of K stand beside each other in a packed weight (one multiply-add instruction's worth), and that multiply-add.
 struct Bf16 {
@@ -209,6 +235,7 @@ struct Bf16 {
 #else
   static void from_weight(T* p, F x) { store_bf16(p, x); }
 #endif
+  static F weight(F x) { return vexp2<4>(x); }  // far below what rounding to bfloat16 leaves
   static float one(T x) { uint32_t u = static_cast<uint32_t>(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 };
 struct F32 {
@@ -217,6 +244,7 @@ struct F32 {
   static F to_float(const T* p) { return load(p); }
   static void from_float(T* p, F x) { store(p, x); }
   static void from_weight(T* p, F x) { store(p, x); }
+  static F weight(F x) { return vexp2<6>(x); }
   static float one(T x) { return x; }
 };
 
