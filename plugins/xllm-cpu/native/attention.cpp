@@ -268,11 +268,11 @@ template <class E> struct Worker {
     for (int p = found.begin; p < end; p += NR)
       for (int head = 0; head < num_kv_heads; head++) {
         const bool is_last_head = head + 1 == num_kv_heads;
-        const int next_p = is_last_head ? std::min(p + NR, end - NR) : p, next_head = is_last_head ? 0 : head + 1;
+        const int next_p = is_last_head ? p + NR : p, next_head = is_last_head ? 0 : head + 1;
         F c[MR][2];
         for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = zero();
         for (int64_t part_of = 0; part_of < head_size / 16; part_of++) {
-          turn(found, next_p, next_head, part_of, next);
+          if (next_p < end) turn(found, next_p, next_head, part_of, next);
           const T *query = queries.data() + head * MR * q_width + part_of * 16, *key = current + part_of * 16 * NR;
 #pragma GCC unroll 8
           for (int s = 0; s < 8; s++) {
