@@ -56,7 +56,7 @@ template <int MR> inline __attribute__((always_inline)) void fetch_step(const ch
 #endif
 }
 
-// Ask for a line of `runs`, and go on to the next.
+// Ask for a line of `runs`, and go on by half of it: the second time costs less than a branch.
 inline __attribute__((always_inline)) void fetch_run(const Runs& runs, int64_t k, const char*& line) {
 #if defined(__AVX512F__)
   if (k % Runs::STEPS == 0) line = runs[k];

@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t RUN_BYTES = Runs::LINES * 64;
 constexpr int64_t MOST_BYTES = 3 << 20;  // asked for by a thread: with more, what came first would be gone from its share of the caches
 
-
 // One thread's part: the blocks of the tasks that it is going to have, those that it takes first asked for last, as they are found in its own cache then.
 class Part {
  public:

@@ -18,14 +18,15 @@ struct NextAttention {
 const NextAttention& next_attention();
 void set_next_attention(const XllmAttention* step, const void* keys, const void* values);
 
-// Cache lines for one tile to ask for, one with each step of K: runs of lines that lie side by side in this thread's part of the keys and values,
-// or beginnings of `otherwise`, which is at hand, where there is nothing left to ask for. Made before a tile's sums are, so that those stay in registers.
+// Cache lines for one tile to ask for, one with every second step of K, as twice as many would take from the products what they give to attention: runs of
+// lines side by side in this thread's part of the keys and values; where there is nothing left to ask for, the beginning of `otherwise`, which is at hand.
+// Made before a tile's sums are, so that those stay in registers.
 class Runs {
  public:
-  static constexpr int64_t LINES = 16, STEPS = 32;
+  static constexpr int64_t LINES = 16, STEPS = 2 * LINES;
 
   Runs(const NextAttention& next, int64_t steps, const void* otherwise);
-  // Where the run of step `k` begins, a multiple of LINES; many steps of K come to the first runs again.
+  // Where the run of step `k` begins, a multiple of STEPS; many steps of K come to the first runs again.
   const char* operator[](int64_t k) const { return at_[k / STEPS % MOST]; }
 
  private:

@@ -1,6 +1,5 @@
 // A step as a list of calls, made once and run by one call from outside. Arguments are those of the first run; of these only the number of rows
 // may be another: a graph serves every batch up to the one it was recorded with, and computes no padding.
-#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -54,9 +53,9 @@ class Attentions {
     static const int attention = xllm_replay_op("attention");
     do next_++;
     while (next_ < count_ && calls_[next_].op != attention);
-    const uint64_t* arguments = calls_[std::min(next_, count_ - 1)].arguments;
-    const bool is_there = next_ < count_;
-    xllm::set_next_attention(is_there ? argument<const XllmAttention*>(arguments[0]) : nullptr, argument<const void*>(arguments[2]), argument<const void*>(arguments[3]));
+    if (next_ == count_) return xllm::set_next_attention(nullptr, nullptr, nullptr);
+    const uint64_t* of = calls_[next_].arguments;  // step, q, k, v, out
+    xllm::set_next_attention(argument<const XllmAttention*>(of[0]), argument<const void*>(of[2]), argument<const void*>(of[3]));
   }
 
  private:
