@@ -28,7 +28,8 @@ class Part {
     const bool is_whole = next.step != nullptr && next.step->window == 0;
     const int64_t count = is_whole ? next.step->num_tasks : 0, past = count * (thread_index() + 1) / num_threads();
     first_ = task_ = count * thread_index() / num_threads();
-    for (int64_t asked = 0; task_ < past && asked < MOST_BYTES; task_++) asked += 2 * next.step->kv_lens[next.step->tasks[3 * task_]] * bytes_of_position(*next.step);
+    for (int64_t asked = 0; task_ < past && asked < MOST_BYTES; task_++)
+      asked += 2 * bytes_of_position(*next.step) * next.step->kv_lens[next.step->tasks[3 * task_]];
   }
 
   bool next_block(const NextAttention& next) {

@@ -172,6 +172,17 @@ inline F within(F x, int from, int to, float other) {
 }
 #endif
 
+// y where x is `least` or more, 0 elsewhere and where it is no number.
+inline F from_on(F x, float least, F y) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(least), _CMP_GE_OQ), y.v)};
+#elif defined(__AVX2__)
+  return {_mm256_and_ps(y.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(least), _CMP_GE_OQ))};
+#else
+  return each<F>([&](int i) { return x.v[i] >= least ? y.v[i] : 0.0f; });
+#endif
+}
+
 // e**x within 2 units in the last place; from 89 on it is infinity, below -87 it is 0, so that a masked score (-inf) weighs nothing.
 // Source: Cephes' expf (minimax polynomial on [-ln2/2, ln2/2] after taking out powers of two).
 inline F vexp(F x) {
@@ -186,14 +197,7 @@ inline F vexp(F x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   F y = add(fma(mul(r, r), p, r), set1(1.0f));
-  y = scale2(y, vmax(n, set1(-126.0f)));
-#if defined(__AVX512F__)
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-87.0f), _CMP_GE_OQ), y.v)};
-#elif defined(__AVX2__)
-  return {_mm256_and_ps(y.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(-87.0f), _CMP_GE_OQ))};
-#else
-  return each<F>([&](int i) { return x.v[i] >= -87.0f ? y.v[i] : 0.0f; });
-#endif
+  return from_on(x, -87.0f, scale2(y, vmax(n, set1(-126.0f))));
 }
 
 // 2**x for x up to 1; below -126 it is 0, so that a masked score (-inf) weighs nothing. Relative error: 2e-7 for DEGREE 6, 3e-6 for DEGREE 4.
@@ -213,14 +217,7 @@ template <int DEGREE> inline F vexp2(F x) {
     p = fma(fma(set1(1.535515476e-4f), r, set1(1.339893555e-3f)), r, set1(9.618429467e-3f));
     p = fma(fma(fma(p, r, set1(5.550332367e-2f)), r, set1(2.402264774e-1f)), r, set1(6.931471825e-1f));
   }
-  const F y = scale2(fma(p, r, set1(1.0f)), n);
-#if defined(__AVX512F__)
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ), y.v)};
-#elif defined(__AVX2__)
-  return {_mm256_and_ps(y.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ))};
-#else
-  return each<F>([&](int i) { return x.v[i] >= -126.0f ? y.v[i] : 0.0f; });
-#endif
+  return from_on(x, -126.0f, scale2(fma(p, r, set1(1.0f)), n));
 }
 
 // An element type: how many of K stand beside each other in a packed weight (one multiply-add instruction's worth), and that multiply-add.
