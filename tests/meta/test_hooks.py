@@ -72,7 +72,7 @@ def test_the_public_surface() -> None:
         "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo",
         "Miss", "Model", "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "NotCapturableError", "Observer",
         "ObserverSpec", "OpQuery", "OpSpec", "PackedQuantization", "PackedTensor", "Parts", "PluginContext", "PluginInfo", "ProcessorContext",
-        "QUANTIZED_OPS", "Quantization", "QuantizationSpec", "QuantizedLinearOp", "REFERENCE_ATTENTION",
+        "QUANTIZED_KV_OPS", "QUANTIZED_OPS", "Quantization", "QuantizationSpec", "QuantizedLinearOp", "REFERENCE_ATTENTION",
         "REFERENCE_OPS", "RaggedGraphKernel", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams",
         "SchedulerPolicy", "SchedulerSpec", "SequenceView", "SlotState", "Spec", "StepRecord", "TensorInfo", "TokenizerFiles",
         "WeightEntry", "WeightFormat", "WeightFormatSpec", "WeightMap", "gumbel", "hookimpl", "read_dtype", "read_rope", "stream_keys",

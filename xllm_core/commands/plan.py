@@ -84,6 +84,9 @@ def _decisions(settings: Settings, plan: AssemblyPlan) -> Iterable[_Row]:
         "block_size", plan.block_size, set_or("kv", "block_size", f"{plan.device.name}, and what every kernel reads")
     )
     yield _Row("kv_layout", plan.kv_layout, f"{plan.device.name}, and what every kernel reads")
+    yield _Row(
+        "kv_dtype", plan.kv_dtype or plan.dtype, settings.place("kv", "cache_dtype") if plan.kv_dtype else "dtype"
+    )
     for kind, choice in plan.choices().items():
         yield _Row(
             kind, choice.name, f"{choice.reason}{_said_at(settings, choice)} ({choice.distribution} {choice.version})"

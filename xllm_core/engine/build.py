@@ -86,7 +86,12 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
     kernels = {group: choice.build(device, plan.geometry[group]) for group, choice in plan.attention.items()}
     ops = {name: choice.build(device) for name, choice in plan.ops.items()}
     parts = CoreParts(
-        device=device, dtype=plan.dtype, ops=ops, kernels=kernels, weights=_weights_in_format(assembly, weights)
+        device=device,
+        dtype=plan.dtype,
+        ops=ops,
+        kernels=kernels,
+        weights=_weights_in_format(assembly, weights),
+        kv_write=plan.kv_write,
     )
     model = assembly.family.build(config, parts)
     _tell_packed(plan, weights, parts)
@@ -279,7 +284,8 @@ def plan_geometry(assembly: Assembly, settings: Settings, device: DeviceBackend)
             f"{counts} KV blocks take {total} bytes, {plan.device.name} has {free} free; lower [kv] num_blocks or memory_bytes"
         )
     formed = (plan.quantization.name,) if plan.quantization else ()  # its KV differs, for the same tokens
-    parts = (assembly.checkpoint.fingerprint(), plan.dtype, plan.kv_layout, str(plan.block_size), "rank 0 of 1")
+    held = plan.dtype if plan.kv_dtype is None else f"{plan.dtype}, KV in {plan.kv_dtype}"
+    parts = (assembly.checkpoint.fingerprint(), held, plan.kv_layout, str(plan.block_size), "rank 0 of 1")
     text = "|".join((*parts, *formed))
     return KVGeometry(groups, plan.block_size, counts, sizes, plan.kv_layout, hashlib.sha256(text.encode()).hexdigest())
 

@@ -61,7 +61,7 @@ def xllm_attention() -> Iterable[AttentionSpec]:
         target=REFERENCE_ATTENTION,
         devices=_REFERENCE,
         dtypes=_DTYPES,
-        features=frozenset({"sliding_window", "soft_cap"}),
+        features=frozenset({"sliding_window", "soft_cap", "int8_kv"}),
         summary="the reference",
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from xllm_core.config import KINDS, Settings
 from xllm_core.config_sources import guess
 from xllm_core.errors import ConfigError
-from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS, QUANTIZED_OPS
+from xllm_core.plugins.contracts.ops import CORE_OPS, MODEL_OPS, QUANTIZED_KV_OPS, QUANTIZED_OPS
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import Choice
 from xllm_core.plugins.resolve import Resolver, assemble
@@ -117,7 +117,7 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
     if base == "sampler":
         return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":
-        asked = (narrow,) if narrow in (*MODEL_OPS, *QUANTIZED_OPS) else CORE_OPS
+        asked = (narrow,) if narrow in (*MODEL_OPS, *QUANTIZED_OPS, *QUANTIZED_KV_OPS) else CORE_OPS
         ops = {name: resolver.op(name, facts, dtype) for name in asked}
         fusions, unused = resolver.fusions(ops, facts, dtype)
         found = {name: choice for name, choice in (ops | fusions).items() if narrow in ("", name)}

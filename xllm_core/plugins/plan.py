@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm_core import __version__
 from xllm_core.errors import ConfigError, PluginError
+from xllm_core.plugins.contracts.ops import KV_WRITE_OPS
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.attention import AttentionGeometry
@@ -95,6 +96,7 @@ class AssemblyPlan:
     attention, geometry: per KV group that attends. ops: per name of `contracts.ops.CORE_OPS`, per op that the family asks for beyond them, and
     per fusion that was taken; unused_fusions: (name, reason) of the others. quantized_ops: what ops "linear", "lm_head" and "linear_silu_mul" are
     done by instead; quantized_kinds: packings that the format serves as the file has them, empty for one that weights are turned into.
+    kv_dtype: what keys and values are quantised to, None for the dtype.
     logits_processors: in the order of application. plugin_settings: the validated table of each plugin that has one. dtype_reason: where the
     dtype comes from.
     """
@@ -121,6 +123,7 @@ class AssemblyPlan:
     observers: tuple[Choice, ...]
     block_size: int
     kv_layout: str
+    kv_dtype: str | None
     max_model_len: int
     unused_fusions: tuple[tuple[str, str], ...]
     plugin_settings: Mapping[str, Mapping[str, Any]]
@@ -160,6 +163,11 @@ class AssemblyPlan:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PluginError(f"this is no plan of xllm-core {__version__}: {type(error).__name__}: {error}") from error
+
+    @property
+    def kv_write(self) -> str:
+        """The op that stores into the cache."""
+        return KV_WRITE_OPS[self.kv_dtype or "auto"]
 
     @property
     def hash(self) -> str:

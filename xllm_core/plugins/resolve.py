@@ -17,11 +17,12 @@ from typing import Any
 from xllm_core.config import Settings
 from xllm_core.config_sources import guess
 from xllm_core.errors import ConfigError, ModelError, ModelNotFoundError, PluginError, ResolutionError, XllmError
+from xllm_core.plugins.caches import geometry_of, kv_groups_of
 from xllm_core.plugins.contracts.attention import AttentionGeometry
 from xllm_core.plugins.contracts.device import DeviceFacts
 from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.plugins.contracts.model import ModelFamily, ModelShape, ops_of
-from xllm_core.plugins.contracts.ops import CORE_OPS
+from xllm_core.plugins.contracts.ops import CORE_OPS, KV_WRITE_OPS, QUANTIZED_KV_OPS
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
 from xllm_core.plugins.contracts.weights import Checkpoint, WeightFormat
 from xllm_core.plugins.manager import Offer, PluginManager
@@ -102,10 +103,9 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
     kv_layout = layout.kv_layout
     quantization, quantized, ops = resolver.quantization(facts, dtype)
     kinds = packed_kinds(quantization, resolver.offers("quantization"), opened, checkpoint)
-    ops |= {
-        name: resolver.op(name, facts, dtype, asked_by=model.name, kv_layout=kv_layout)
-        for name in ops_of(family, config)
-    }
+    asked = dict.fromkeys(ops_of(family, config), model.name)
+    asked.setdefault(resolver.kv_write, f"[kv] cache_dtype = {settings.kv.cache_dtype!r}")
+    ops |= {name: resolver.op(name, facts, dtype, asked_by=by, kv_layout=kv_layout) for name, by in asked.items()}
     fusions, unused_fusions = resolver.fusions(ops, facts, dtype, kv_layout=kv_layout)
     ops |= fusions
     plan = AssemblyPlan(
@@ -131,12 +131,13 @@ def assemble(settings: Settings, manager: PluginManager, *, probes: Probes | Non
         observers=resolver.all_of("observers", is_default_all=False)[0],
         block_size=layout.block_size,
         kv_layout=kv_layout,
+        kv_dtype=resolver.kv_dtype,
         max_model_len=resolver.max_model_len(shape),
         unused_fusions=unused_fusions,
         plugin_settings=manager.tables,
     )
     manager.lock()
-    return Assembly(plan, checkpoint, facts, family, shape, family.kv_groups(config, dtype))
+    return Assembly(plan, checkpoint, facts, family, shape, kv_groups_of(family, config, plan))
 
 
 def _op_query(name: str, facts: DeviceFacts, dtype: str, kv_layout: str | None) -> OpQuery:
@@ -163,6 +164,8 @@ class Resolver:
         check_names(settings, manager)
         self.settings = settings
         self.manager = manager
+        self.kv_write = KV_WRITE_OPS[settings.kv.cache_dtype]
+        self.kv_dtype = None if settings.kv.cache_dtype == "auto" else settings.kv.cache_dtype
         self._probes = probes
 
     def offers(self, kind: str) -> tuple[Offer, ...]:
@@ -287,13 +290,12 @@ class Resolver:
         found: list[_Layout] = []
         errors: list[ResolutionError] = []
         for kv_layout, block_size in itertools.product(facts.kv_layouts, sizes):
-            geometry = {
-                name: AttentionGeometry(block_size=block_size, dtype=dtype, layout=kv_layout, **entry)
-                for name, entry in groups.items()
-            }
+            geometry = geometry_of(
+                groups, block_size=block_size, dtype=dtype, kv_layout=kv_layout, kv_dtype=self.kv_dtype
+            )
             try:
                 if writers:  # with none at all, the choice of ops says so
-                    self.op("kv_write", facts, dtype, kv_layout=kv_layout)
+                    self.op(self.kv_write, facts, dtype, kv_layout=kv_layout)
                 attention = {name: self.attention(name, entry, facts) for name, entry in geometry.items()}
                 store = self.kv_store(KVStoreQuery(device_kind=facts.kind, kv_layout=kv_layout, block_size=block_size))
                 found.append(_Layout(block_size, kv_layout, geometry, attention, store))
@@ -340,8 +342,8 @@ class Resolver:
         )  # fmt: skip
 
     def _writers(self, facts: DeviceFacts) -> list[Offer]:
-        """Ops `kv_write` for this device."""
-        return [o for o in self.offers("op") if o.spec.op == "kv_write" and facts.kind in o.spec.devices]
+        """Ops that store into the cache that was asked for, for this device."""
+        return [o for o in self.offers("op") if o.spec.op == self.kv_write and facts.kind in o.spec.devices]
 
     def op(
         self, name: str, facts: DeviceFacts, dtype: str, *, asked_by: str = "", kv_layout: str | None = None
@@ -379,10 +381,13 @@ class Resolver:
         self, ops: Mapping[str, Choice], facts: DeviceFacts, dtype: str, *, kv_layout: str | None = None
     ) -> tuple[dict[str, Choice], tuple[tuple[str, str], ...]]:
         """Fusions to take instead of the ops chosen, by name; and (name, reason) of those that are offered and not taken. kv_layout: as for `op`."""
-        formats = {name for offer in self.offers("quantization") for name in offer.spec.ops.values()}
+        formats = {name for offer in self.offers("quantization") for name in offer.spec.ops.values()} | {
+            *QUANTIZED_KV_OPS
+        }
         offers = [offer for offer in self.offers("op") if offer.spec.replaces]
-        # Those over a format that is not in use are none of this engine's business.
+        # Those over a format, or into a cache, that is not in use are none of this engine's business.
         offers = [o for o in offers if o.spec.op not in formats or ops.keys() >= set(o.spec.replaces)]
+        offers = [o for o in offers if not ({*KV_WRITE_OPS.values()} - {self.kv_write}) & set(o.spec.replaces)]
         taken: dict[str, Choice] = {}
         unused: list[tuple[str, str]] = []
         for name in sorted({offer.spec.op for offer in offers}):

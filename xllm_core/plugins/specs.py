@@ -72,7 +72,8 @@ class OpSpec(Spec):
 
     replaces: for a fusion, the ops it stands for, in order (`contracts.ops.CORE_FUSIONS`). It is taken where each of them would have been
         chosen with no higher rank, and none of them is pinned; `[engine] fusions = false` leaves all of them out.
-    layouts: KV layouts that an op which stores into the cache knows (`kv_write`, `rope_kv_write`); empty means any, as for ops that never see it.
+    layouts: KV layouts that an op which stores into the cache knows (`kv_write`, `rope_kv_write`, the same in 8 bits); empty means any, as for
+        ops that never see it.
     """
 
     op: str
@@ -87,7 +88,7 @@ class AttentionSpec(Spec):
     """An attention kernel. `target(device: DeviceBackend, geometry: AttentionGeometry)` builds an `AttentionKernel`.
 
     head_sizes, block_sizes: empty means any. layouts: KV layouts it reads ("BSGD": block, slot, KV head, element).
-    features: what it can do beyond causal attention over own blocks ("sliding_window", "soft_cap", "segments", "lse", "tree_mask", ...).
+    features: what it can do beyond causal attention over own blocks ("sliding_window", "soft_cap", "int8_kv", "segments", "lse", "tree_mask", ...).
     """
 
     devices: frozenset[str]

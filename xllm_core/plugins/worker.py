@@ -13,7 +13,7 @@ import importlib_metadata
 
 from xllm_core import __version__
 from xllm_core.errors import PluginError
-from xllm_core.plugins.contracts.attention import AttentionGeometry
+from xllm_core.plugins.caches import geometry_of, kv_groups_of
 from xllm_core.plugins.contracts.model import ops_of
 from xllm_core.plugins.plan import MASKED, AssemblyPlan
 from xllm_core.plugins.resolve import Assembly, load_family
@@ -38,17 +38,20 @@ def assembly_of(plan: AssemblyPlan) -> Assembly:
         raise PluginError(f"{plan.weight_format.name} does not open {plan.model_path}, which the plan says it does")
     family = load_family(plan.model)
     config = checkpoint.config
-    geometry = {
-        name: AttentionGeometry(block_size=plan.block_size, dtype=plan.dtype, layout=plan.kv_layout, **entry)
-        for name, entry in family.attention(config).items()
-    }
+    geometry = geometry_of(
+        family.attention(config),
+        block_size=plan.block_size,
+        dtype=plan.dtype,
+        kv_layout=plan.kv_layout,
+        kv_dtype=plan.kv_dtype,
+    )
     if geometry != dict(plan.geometry):
         raise PluginError(f"{plan.model.name} asks for {geometry} here, and the plan has {dict(plan.geometry)}")
-    if lacking := set(ops_of(family, config)) - set(plan.ops):
+    if lacking := {*ops_of(family, config), plan.kv_write} - set(plan.ops):
         raise PluginError(
             f"{plan.model.name} asks here for the ops {', '.join(sorted(lacking))}, which the plan does not have"
         )
-    return Assembly(plan, checkpoint, facts, family, family.shape(config), family.kv_groups(config, plan.dtype))
+    return Assembly(plan, checkpoint, facts, family, family.shape(config), kv_groups_of(family, config, plan))
 
 
 def _versions(plan: AssemblyPlan) -> Iterable[str]:

@@ -41,7 +41,7 @@ class RowGroup:
 
 
 class ReferenceAttention:
-    """`contracts.attention.AttentionKernel` for layout "BSGD"; knows sliding windows and soft caps."""
+    """`contracts.attention.AttentionKernel` for layout "BSGD"; knows sliding windows, soft caps and 8 bits."""
 
     def __init__(self, device: DeviceBackend, geometry: AttentionGeometry) -> None:
         self._geometry = geometry
@@ -67,11 +67,11 @@ class ReferenceAttention:
         return groups
 
     def run(self, q: torch.Tensor, kv: KVSegments, plan: list[RowGroup], out: torch.Tensor) -> None:
-        """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]."""
+        """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D], and in 8 bits their steps, each [B, S, G]."""
         num_kv_heads, head_size = self._geometry.num_kv_heads, self._geometry.head_size
         for group in plan:
             shape = (group.num_rows, group.num_keys, num_kv_heads, head_size)
-            k, v = (self._gather(cache, group.slots).view(shape).transpose(1, 2) for cache in kv.own)
+            k, v = (tensor.view(shape).transpose(1, 2) for tensor in self._read(kv.own, group.slots, q.dtype))
             grouped = q[group.tokens].view(-1, num_kv_heads, self._group_size, head_size)
             if group.num_queries == 1:
                 # The heads that share keys become query positions: [R, G, heads per group, D].
@@ -82,9 +82,18 @@ class ReferenceAttention:
                 attended = self._attend(grouped.permute(2, 1, 0, 3), k, v, group)
                 out[group.tokens] = attended.permute(2, 1, 0, 3).reshape(group.num_queries, -1, head_size)
 
+    def _read(
+        self, caches: tuple[torch.Tensor, ...], slots: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in these slots, [N, ...]."""
+        k, v, *steps = (self._gather(cache, slots) for cache in caches)
+        if steps:
+            k, v = ((codes * by.unsqueeze(-1)).to(dtype) for codes, by in zip((k, v), steps, strict=True))
+        return k, v
+
     def _gather(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """What lies in these slots: [N, G * D]. The only place that knows the layout."""
-        return cache.view(-1, self._geometry.num_kv_heads * self._geometry.head_size).index_select(0, slots)
+        """What lies in these slots: [N, ...]. The only place that knows the layout."""
+        return cache.flatten(0, 1).index_select(0, slots)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: RowGroup) -> torch.Tensor:
         scale, soft_cap = self._geometry.scale, self._geometry.soft_cap

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.ops import BLOCK_COLUMNS
-from xllm_core.reference.quantization import block_rows, int8_rows, unpacked_4_bit
+from xllm_core.reference.quantization import block_rows, int8_entries, int8_rows, unpacked_4_bit
 
 if TYPE_CHECKING:
     from xllm_core.plugins.contracts.device import DeviceBackend
@@ -305,6 +305,18 @@ class KvWrite:
             cache.flatten(0, 1).index_copy_(0, slots, tensor.to(cache.dtype))
 
 
+class KvWriteInt8:
+    """`kv_write_int8`: the same in 8 bits, with a step for each entry's last axis."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._write = KvWrite(device)
+
+    def __call__(self, new: tuple[torch.Tensor, ...], caches: tuple[torch.Tensor, ...], slots: torch.Tensor) -> None:
+        """new[i]: [T, ..., D]. caches: of each the codes [B, S, ..., D] int8, then of each the steps [B, S, ...] float32; slots as in `kv_write`."""
+        codes, steps = zip(*map(int8_entries, new), strict=True)
+        self._write((*codes, *steps), caches, slots)
+
+
 class LinearSiluMul:
     """The fusion `linear_silu_mul`: what `silu_mul` makes of `linear`. The oracle of fusions; the core itself calls the two ops."""
 
@@ -339,7 +351,8 @@ class RopeKvWrite:
     """The fusion `rope_kv_write`: rotate, then store. The oracle of fusions; the core itself calls the two ops."""
 
     def __init__(self, device: DeviceBackend) -> None:
-        self._rope, self._write = Rope(device), KvWrite(device)
+        self._rope: Rope = Rope(device)
+        self._write: KvWrite | KvWriteInt8 = KvWrite(device)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
@@ -349,6 +362,13 @@ class RopeKvWrite:
         q, k = self._rope(q, k, cos, sin)
         self._write((k, v), caches, slots)
         return q
+
+
+class RopeKvWriteInt8(RopeKvWrite):
+    """The fusion `rope_kv_write_int8`, likewise."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        self._rope, self._write = Rope(device), KvWriteInt8(device)
 
 
 class BlockCopy:

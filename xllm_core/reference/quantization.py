@@ -84,6 +84,13 @@ def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.masked_fill(step.isnan(), 0.0), step
 
 
+def int8_entries(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values [..., D] as int8 codes and the step of each last axis, [...] float32; NaN for one that is not finite, with codes 0."""
+    wide = x.float()
+    factor, step = _scales(wide.abs().amax(-1, keepdim=True), 127.0)
+    return (wide * factor).round().masked_fill(step.isnan(), 0.0).to(torch.int8), step[..., 0]
+
+
 def _scales(span: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
     """most / span and span / most; nothing for what is next to zero, NaN as a step for what is not finite."""
     is_finite, is_zero = span.isfinite(), span < _SMALLEST

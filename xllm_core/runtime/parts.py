@@ -66,7 +66,7 @@ class CoreParts:
 
     ops: built callables by name. kernels: built attention kernels by KV group, made for this rank's share of the heads.
     all_reduce(tensor) returns the sum over ranks, all_gather(tensor) the concatenation of last dimensions; needed if `world_size` > 1.
-    weights: the format that was chosen, by itself none.
+    weights: the format that was chosen, by itself none. kv_write: the op that stores into the cache, whose fusion with `rope` may be there too.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class CoreParts:
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
         all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
         weights: WeightsInFormat | None = None,
+        kv_write: str = "kv_write",
     ) -> None:
         if world_size > 1 and (all_reduce is None or all_gather is None):
             raise IntegrityError(f"{world_size} ranks need both all_reduce and all_gather")
@@ -92,6 +93,7 @@ class CoreParts:
         self._embeddings: dict[str, _BoundEmbedding] = {}
         self._ops, self._kernels = ops, kernels
         self._format = weights or WeightsInFormat()
+        self._kv_write = kv_write
         self._all_reduce = all_reduce or _identity
         self._all_gather = all_gather or _identity
         self._linears: list[_BoundLinear] = []
@@ -204,8 +206,9 @@ class CoreParts:
             )
         if (group, layer) in self._attentions:
             raise IntegrityError(f"layer {layer} asks twice for attention in KV group {group!r}")
-        store = self.op("rope_kv_write", unfused=_rope_then_write(self.op("rope"), self.op("kv_write")))
-        bound = _BoundAttention(group, self._kernels[group], self.op("kv_write"), store)
+        write = self.op(self._kv_write)
+        store = self.op(f"rope_{self._kv_write}", unfused=_rope_then_write(self.op("rope"), write))
+        bound = _BoundAttention(group, self._kernels[group], write, store)
         self._attentions[group, layer] = bound
         return bound
 

@@ -14,7 +14,7 @@ import torch
 
 from xllm_core.plugins.contracts.ops import BLOCK_COLUMNS
 from xllm_core.reference import ops as reference
-from xllm_core.reference.quantization import Int8
+from xllm_core.reference.quantization import Int8, int8_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,22 @@ def _kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
     yield Call((new, caches, torch.full_like(slots, -1)), changed=1, by_row=(0, 2))
 
 
+def _in_int8(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Codes of each, then steps of each."""
+    codes, steps = zip(*map(int8_entries, tensors), strict=True)
+    return (*codes, *steps)
+
+
+def _kv_write_int8(draw: Draw, tokens: int) -> Iterable[Call]:
+    """Entries of zeros, of one large value and next to nothing among them; heads that are no whole vectors."""
+    num_blocks, slots = _slots(draw, tokens)
+    for size in (8, 40):
+        k, v = draw(tokens, 2, size), draw(tokens, 2, size)
+        k[1::7], v[2::7, 0, 0], k[3::7] = 0, 100, 2.0**-110
+        shape = (num_blocks, draw.block_size, 2, size)
+        yield Call(((k, v), _in_int8((draw(*shape), draw(*shape))), slots), changed=1, by_row=(0, 2))
+
+
 def _block_copy(draw: Draw, tokens: int) -> Iterable[Call]:
     order, caches = draw.order(9), _caches(draw, 9)
     yield Call((caches, order[:4], order[4:8]), changed=0, by_row=())
@@ -224,6 +240,12 @@ def _rope_kv_write(draw: Draw, tokens: int) -> Iterable[Call]:
     yield Call(arguments, changed=5, by_row=(0, 1, 2, 3, 4, 6))
 
 
+def _rope_kv_write_int8(draw: Draw, tokens: int) -> Iterable[Call]:
+    for call in _rope_kv_write(draw, tokens):
+        arguments = (*call.arguments[:5], _in_int8(call.arguments[5]), call.arguments[6])
+        yield Call(arguments, changed=5, by_row=call.by_row)
+
+
 OPS: Mapping[str, OpInputs] = {
     "linear": OpInputs(_linear),
     "embedding": OpInputs(_embedding, roundings=0),
@@ -244,6 +266,8 @@ OPS: Mapping[str, OpInputs] = {
     "lm_head_blocks": OpInputs(_blocks),
     "linear_silu_mul_blocks": OpInputs(_linear_silu_mul_blocks, roundings=5),
     "rope_kv_write": OpInputs(_rope_kv_write, roundings=3, caches=(5,)),
+    "kv_write_int8": OpInputs(_kv_write_int8, roundings=0, caches=(1,)),
+    "rope_kv_write_int8": OpInputs(_rope_kv_write_int8, roundings=3, caches=(5,)),
 }
 
 
@@ -267,8 +291,14 @@ def flat(value: Any) -> list[torch.Tensor]:
 
 
 def limit(expected: torch.Tensor, dtype: torch.dtype, roundings: int) -> torch.Tensor:
-    """How far a right answer may lie from the reference's: so many roundings of the dtype, of the value or of what cancelled on the way."""
+    """How far a right answer may lie from the reference's: so many roundings of the dtype, of the value or of what cancelled on the way.
+
+    Codes in 8 bits: what that is of the largest, and one for what lies next to the edge between two. Other whole numbers are exact.
+    """
     unit = torch.finfo(dtype).eps
+    if not expected.is_floating_point():
+        most = 1 + 127 * roundings * unit if expected.dtype == torch.int8 else 0.0
+        return torch.full_like(expected, most, dtype=torch.float32)
     row = expected.float().abs().flatten(1).amax(1).view(-1, *[1] * (expected.dim() - 1))
     sums = 64 * torch.finfo(torch.float32).eps * row.clamp(min=1e-3)  # float32 sums in another order
     return roundings * unit * (expected.float().abs() + 0.25 * row) + sums

@@ -16,6 +16,7 @@ from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.kv import KVTensorSpec
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
+from xllm_core.reference.quantization import int8_entries
 from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.kv_cache import tensor_shape
 
@@ -40,6 +41,13 @@ class PagedBatch:
         starts = self.layout().query_starts.tolist()
         q = torch.cat([self.q[starts[row] : starts[row + 1]] for row in rows])
         return replace(self, rows=tuple(self.rows[row] for row in rows), q=q, tables=self.tables[list(rows)])
+
+    def caches(self) -> tuple[torch.Tensor, ...]:
+        """What a kernel gets as `KVSegments.own`, in layout "BSGD", on the host."""
+        if self.geometry.kv_dtype is None:
+            return tuple(cache.to(torch_dtype(self.geometry.dtype)) for cache in (self.k, self.v))
+        (k, k_steps), (v, v_steps) = int8_entries(self.k), int8_entries(self.v)
+        return k, v, k_steps, v_steps
 
     def layout(self) -> BatchLayout:
         """As the runner gives it to `plan`: on the host."""
@@ -90,13 +98,13 @@ def edge_rows(block_size: int) -> Rows:
     return [*mixed, (1, 5 * size)]
 
 
-def laid_out(cache: torch.Tensor, layout: str, device: DeviceBackend, dtype: torch.dtype) -> torch.Tensor:
-    """A cache [B, S, G, D] on a device, in a KV layout. Raises ConfigError for a layout that the core does not allocate."""
+def laid_out(cache: torch.Tensor, layout: str, device: DeviceBackend) -> torch.Tensor:
+    """A cache [B, S, G, ...] on a device, in a KV layout. Raises ConfigError for a layout that the core does not allocate."""
     num_blocks, size, *slot = cache.shape
     shape = tensor_shape(KVTensorSpec("kv", tuple(slot), "float32"), "full", layout, num_blocks, size)
-    target = device.allocate(shape, dtype)
+    target = device.allocate(shape, cache.dtype)
     host = cache if layout == "BSGD" else cache.transpose(1, 2)
-    target.copy_(device.to_device(host.contiguous().to(dtype)))
+    target.copy_(device.to_device(host.contiguous()))
     return target
 
 
@@ -108,7 +116,7 @@ def attend(
     plan: made before, for `room` tokens, those behind the batch's being padding; by itself a new one.
     """
     dtype = torch_dtype(batch.geometry.dtype)
-    caches = tuple(laid_out(cache, batch.geometry.layout, device, dtype) for cache in (batch.k, batch.v))
+    caches = tuple(laid_out(cache, batch.geometry.layout, device) for cache in batch.caches())
     padding = (0, 0, 0, 0, 0, max(0, room - len(batch.q)))
     q = device.to_device(torch.nn.functional.pad(batch.q, padding).to(dtype))
     before = [tensor.clone() for tensor in (q, *caches)]

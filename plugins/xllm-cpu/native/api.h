@@ -70,6 +70,13 @@ XLLM_API int xllm_rope_kv_write(
     const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, void* keys,
     void* values, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t value_size, int64_t rotated,
     int64_t num_slots, int is_bf16);
+// The same into codes [slots][heads][size] and steps [slots][heads]: 8 bits, as contracts/ops.py of the core defines them.
+XLLM_API int xllm_kv_write_int8(
+    const void* x, int64_t ldx, int8_t* codes, float* steps, const int64_t* slots, int64_t tokens, int64_t num_slots, int64_t heads, int64_t size, int is_bf16);
+XLLM_API int xllm_rope_kv_write_int8(
+    const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, int8_t* keys,
+    int8_t* values, float* key_steps, float* value_steps, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size,
+    int64_t rotated, int64_t num_slots, int is_bf16);
 XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t count, int64_t num_blocks, int64_t block_bytes, void* buffer);
 
 // Have the system give the pages of some memory, which keeps what it holds.
@@ -87,7 +94,7 @@ struct XllmAttention {
   int64_t num_tasks, table_width;
   int32_t num_rows, num_heads, num_kv_heads, head_size, block_size, window;  // window: 0 for none
   float scale, soft_cap;                                                     // soft_cap: 0 for none
-  int32_t is_bf16, max_kv_len;
+  int32_t is_bf16, is_int8, max_kv_len;                                      // is_int8: the cache; is_bf16: q and out, and the cache otherwise
 };
 // A batch into the arrays of `step`, which have room for max_rows rows, max_tokens new tokens, table_width columns, and max_tokens * num_kv_heads tasks.
 // tables: [num_rows][width]. is_decode: every row has one new token. Returns the highest block that is named, -1 for none; -2 for lengths that fit
@@ -95,8 +102,9 @@ struct XllmAttention {
 XLLM_API int64_t xllm_attention_lay_out(
     XllmAttention* step, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* tables, int64_t num_rows, int64_t width, int64_t max_rows,
     int64_t max_tokens, int is_decode);
-// q, out: [T][H][D], k, v: [B][S][G][D].
-XLLM_API int xllm_attention(const XllmAttention* step, const void* q, const void* k, const void* v, void* out);
+// q, out: [T][H][D], k, v: [B][S][G][D]; of codes also their steps, [B][S][G], with D up to 512.
+XLLM_API int xllm_attention(
+    const XllmAttention* step, const void* q, const void* k, const void* v, const float* k_steps, const float* v_steps, void* out);
 
 // Token choice for rows of logits [rows][vocab], which are overwritten. Columns of [rows], null where no row uses the feature: temperature (0 greedy;
 // null: all are), top_k (0 off), top_p (1 off), min_p (0 off). seeds, indices, positions: arguments of the noise; unread for greedy rows.
@@ -110,7 +118,7 @@ XLLM_API int xllm_sample(float* logits, int64_t rows, int64_t vocab, const XllmS
 
 // Recorded calls. arguments: in the order of the function's, integers and pointers as they are, floats in the low half. rows_at: which argument
 // is the number of rows, -1 for none; it becomes rows * rows_factor.
-#define XLLM_MAX_ARGUMENTS 20
+#define XLLM_MAX_ARGUMENTS 22
 struct XllmCall {
   int32_t op, rows_at;
   int64_t rows_factor;

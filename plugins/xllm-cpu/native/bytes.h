@@ -18,7 +18,6 @@ inline Bytes as_signed(I x) { return {x}; }
 inline Bytes as_unsigned(I x) { return {x}; }
 inline I dot4(I c, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(c.v, a.v.v, b.v.v)}; }
 inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 #elif defined(__AVX512F__)
 struct Bytes { __m512i even, odd; };  // widened to 16 bits: sums of two products of bytes do not fit there, as VPMADDUBSW would have it
 inline Bytes as_signed(I x) { return {_mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8), _mm512_srai_epi16(x.v, 8)}; }
@@ -27,7 +26,6 @@ inline I dot4(I c, Bytes a, Bytes b) {
   return {_mm512_add_epi32(_mm512_add_epi32(c.v, _mm512_madd_epi16(a.even, b.even)), _mm512_madd_epi16(a.odd, b.odd))};
 }
 inline I multiplied(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 #elif defined(__AVX2__)
 struct Bytes { __m256i even, odd; };
 inline Bytes as_signed(I x) { return {_mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8), _mm256_srai_epi16(x.v, 8)}; }
@@ -36,7 +34,6 @@ inline I dot4(I c, Bytes a, Bytes b) {
   return {_mm256_add_epi32(_mm256_add_epi32(c.v, _mm256_madd_epi16(a.even, b.even)), _mm256_madd_epi16(a.odd, b.odd))};
 }
 inline I multiplied(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
-inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.v)}; }
 #else
 struct Bytes { I v; };
 inline Bytes as_signed(I x) { return {x}; }
@@ -52,7 +49,6 @@ inline I dot4(I c, Bytes a, Bytes b) {
 inline I multiplied(I a, I b) {
   return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i])); });
 }
-inline F to_float(I x) { return each<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
 #endif
 
 // c = dot4(c, a, b), in place: in a long loop gcc 12 copies every sum around the intrinsic, runs out of registers and takes half as long again.

@@ -37,10 +37,24 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 template <class E> inline int64_t steps_of(int64_t k) { return (k + E::P - 1) / E::P; }
 template <class E> inline int64_t panel_size(int64_t k) { return steps_of<E>(k) * NR * E::P; }
 
+// c += products of two numbers beside each other, of bfloat16.
 #if defined(__AVX512BF16__)
-inline F dot2(F c, I a, I b) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+inline void accumulate2(F& c, I a, I b) { c.v = _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
 #else
-inline F dot2(F c, I a, I b) { return fma(high(a), high(b), fma(low(a), low(b), c)); }
+inline void accumulate2(F& c, I a, I b) { c = fma(high(a), high(b), fma(low(a), low(b), c)); }
+#endif
+// Of 16-bit integers, exact as long as the sums fit into 32 bits.
+#if defined(__AVX512VNNI__)
+inline void accumulate2(I& c, I a, I b) { asm("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(b.v)); }  // in place, as `accumulate4`
+#elif defined(__AVX512F__)
+inline void accumulate2(I& c, I a, I b) { c.v = _mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, b.v)); }
+#elif defined(__AVX2__)
+inline void accumulate2(I& c, I a, I b) { c.v = _mm256_add_epi32(c.v, _mm256_madd_epi16(a.v, b.v)); }
+#else
+inline void accumulate2(I& c, I a, I b) {
+  for (int i = 0; i < W; i++)
+    c.v[i] += static_cast<int16_t>(a.v[i]) * static_cast<int16_t>(b.v[i]) + static_cast<int16_t>(a.v[i] >> 16) * static_cast<int16_t>(b.v[i] >> 16);
+}
 #endif
 
 constexpr int FEW_ROWS = 4;  // up to which a product takes less time than its weight takes to come from memory
@@ -100,10 +114,10 @@ template <class T, int MR> class Rows {
   const int64_t one_, three_;
 };
 
-// c[i] += a[i] * B over `steps` steps of K. FETCHES: B is a weight; what `ahead` says of it is asked for, and with more than a few rows `runs` too.
-template <class E, int MR, bool FETCHES = false>
+// c[i] += a[i] * B over `steps` steps of K; sums are floats, or of 16-bit integers 32-bit ones. FETCHES: B is a weight; what `ahead` says of it is asked for, and with more than a few rows `runs` too.
+template <class E, int MR, bool FETCHES = false, class Sum = F>
 inline __attribute__((always_inline)) void multiply(
-    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, F (&c)[MR][2], Ahead ahead = {}, const Runs* runs = nullptr) {
+    const typename E::T* a, int64_t lda, const typename E::T* b, int64_t steps, Sum (&c)[MR][2], Ahead ahead = {}, const Runs* runs = nullptr) {
   Rows<typename E::T, MR> rows(a, lda);
   const char *line = reinterpret_cast<const char*>(b) + ahead.start, *other = nullptr;
   for (int64_t k = 0; k < steps; k++, b += NR * E::P) {
@@ -114,8 +128,8 @@ inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 14
       for (int i = 0; i < MR; i++) {
         const I x = bcast(rows[i]);
-        c[i][0] = dot2(c[i][0], x, b0);
-        c[i][1] = dot2(c[i][1], x, b1);
+        accumulate2(c[i][0], x, b0);
+        accumulate2(c[i][1], x, b1);
       }
     } else {
       const F b0 = load(b), b1 = load(b + W);

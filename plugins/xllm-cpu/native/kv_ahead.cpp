@@ -48,7 +48,9 @@ class Part {
     return false;
   }
 
-  static int64_t bytes_of_position(const XllmAttention& step) { return static_cast<int64_t>(step.num_kv_heads) * step.head_size * (step.is_bf16 != 0 ? 2 : 4); }
+  static int64_t bytes_of_position(const XllmAttention& step) {
+    return static_cast<int64_t>(step.num_kv_heads) * step.head_size * (step.is_int8 != 0 ? 1 : step.is_bf16 != 0 ? 2 : 4);
+  }
 
   uint64_t number_ = 0;
   const char* at_ = nullptr;

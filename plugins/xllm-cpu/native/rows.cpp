@@ -1,8 +1,11 @@
 // What happens to one row at a time: norms, rotation, activation, and moving rows in and out of tables and caches. Bound by memory; a row
 // is computed by one thread, so nothing here depends on how many rows there are.
 #include <algorithm>
+#include <limits>
+#include <vector>
 
 #include "api.h"
+#include "bytes.h"
 #include "linear.h"
 #include "pool.h"
 #include "vec.h"
@@ -99,6 +102,38 @@ void rotate(const typename E::T* x, const typename E::T* cos, const typename E::
     store_part<E>(out + half + i, second, left);
   }
   if (rotated < size) std::memcpy(out + rotated, x + rotated, sizeof(typename E::T) * static_cast<size_t>(size - rotated));
+}
+
+// The numbers of one head as codes; returns their step.
+template <class E> float to_codes(const typename E::T* x, int64_t size, int8_t* codes) {
+  F most = zero(), test = zero();
+  for (int64_t i = 0; i < size; i += W) {
+    const F part = load_part<E>(x + i, size - i);
+    most = vmax(most, vmax(part, sub(zero(), part))), test = add(test, mul(part, zero()));  // 0 times what is not finite is NaN
+  }
+  const float span = top(most) + sum(test);
+  const bool is_finite = span <= std::numeric_limits<float>::max(), is_zero = span < 0x1p-100f;
+  const float factor = !is_finite || is_zero ? 0.0f : 127.0f / span;
+  for (int64_t i = 0; i < size; i++) codes[i] = is_finite ? static_cast<int8_t>(whole(E::one(x[i]) * factor)) : int8_t{0};
+  return !is_finite ? std::numeric_limits<float>::quiet_NaN() : is_zero ? 0.0f : span / 127.0f;
+}
+
+template <class E>
+void kv_write_int8(
+    const typename E::T* x, int64_t ldx, int8_t* codes, float* steps, const int64_t* slots, int64_t tokens, int64_t heads, int64_t size) {
+  for_rows(tokens, 2 * heads * size, [=](int64_t t) {
+    for (int64_t h = 0, at = slots[t] * heads; h < heads && at >= 0; h++, at++) steps[at] = to_codes<E>(x + t * ldx + h * size, size, codes + at * size);
+  });
+}
+
+// Rotated keys are rounded to their type before they become codes, as they are where the two ops are called one after the other.
+template <class E>
+void rotate_to_codes(
+    const typename E::T* x, const typename E::T* cos, const typename E::T* sin, int64_t size, int64_t rotated, int8_t* codes, float* step) {
+  thread_local std::vector<typename E::T> kept;
+  if (kept.size() < static_cast<size_t>(size)) kept.resize(static_cast<size_t>(size));
+  rotate<E>(x, cos, sin, kept.data(), size, rotated);
+  *step = to_codes<E>(kept.data(), size, codes);
 }
 
 // Where token t's heads go: out + at(t), or nowhere if that is negative.
@@ -224,6 +259,35 @@ int xllm_kv_write(const void* x, int64_t ldx, void* cache, const int64_t* slots,
     if (slots[t] < 0) return;
     std::memcpy(static_cast<char*>(cache) + slots[t] * size * bytes, static_cast<const char*>(x) + t * ldx * bytes, static_cast<size_t>(size * bytes));
   });
+  return 0;
+}
+
+int xllm_kv_write_int8(
+    const void* x, int64_t ldx, int8_t* codes, float* steps, const int64_t* slots, int64_t tokens, int64_t num_slots, int64_t heads, int64_t size, int is_bf16) {
+  if (const int bad = first_outside(slots, tokens, -1, num_slots)) return bad;
+  BY_TYPE(
+      is_bf16, kv_write_int8<Bf16>(B(x), ldx, codes, steps, slots, tokens, heads, size), kv_write_int8<F32>(S(x), ldx, codes, steps, slots, tokens, heads, size));
+  return 0;
+}
+
+int xllm_rope_kv_write_int8(
+    const void* q, const void* k, const void* v, int64_t ldq, int64_t ldk, int64_t ldv, const void* cos, const void* sin, void* out, int8_t* keys,
+    int8_t* values, float* key_steps, float* value_steps, const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size,
+    int64_t rotated, int64_t num_slots, int is_bf16) {
+  if (const int bad = first_outside(slots, tokens, -1, num_slots)) return bad;
+  const auto write = [=]<class E>(E) {
+    using T = typename E::T;
+    for_rows(tokens, 2 * (heads + 2 * kv_heads) * size, [=](int64_t t) {
+      const T *c = static_cast<const T*>(cos) + t * rotated, *s = static_cast<const T*>(sin) + t * rotated;
+      const T *query = static_cast<const T*>(q) + t * ldq, *key = static_cast<const T*>(k) + t * ldk, *value = static_cast<const T*>(v) + t * ldv;
+      for (int64_t h = 0; h < heads; h++) rotate<E>(query + h * size, c, s, static_cast<T*>(out) + (t * heads + h) * size, size, rotated);
+      for (int64_t h = 0, at = slots[t] * kv_heads; h < kv_heads && at >= 0; h++, at++) {
+        rotate_to_codes<E>(key + h * size, c, s, size, rotated, keys + at * size, key_steps + at);
+        value_steps[at] = to_codes<E>(value + h * size, size, values + at * size);
+      }
+    });
+  };
+  BY_TYPE(is_bf16, write(Bf16{}), write(F32{}));
   return 0;
 }
 

@@ -38,6 +38,10 @@ inline F vmin(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline I loadi(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline void storei(void* p, I x) { _mm512_storeu_si512(p, x.v); }
 inline I bcast(const void* p) { int32_t x; std::memcpy(&x, p, 4); return {_mm512_set1_epi32(x)}; }
+inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline void store_int16(int16_t* p, F x) {  // rounded, halves to even; x fits
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
+}
 inline F low(I x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
 inline F high(I x) { return {_mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))}; }
 inline F round_even(F x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -75,6 +79,11 @@ inline F vmax(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F vmin(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline I loadi(const void* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline I bcast(const void* p) { int32_t x; std::memcpy(&x, p, 4); return {_mm256_set1_epi32(x)}; }
+inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.v)}; }
+inline void store_int16(int16_t* p, F x) {
+  const __m256i whole = _mm256_cvtps_epi32(x.v), packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole, whole), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
 inline F low(I x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(x.v, 16))}; }
 inline F high(I x) { return {_mm256_castsi256_ps(_mm256_and_si256(x.v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))}; }
 inline F round_even(F x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -119,6 +128,10 @@ inline F vmax(F a, F b) { return each<F>([&](int i) { return a.v[i] > b.v[i] ? a
 inline F vmin(F a, F b) { return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline I loadi(const void* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
 inline I bcast(const void* p) { int32_t x; std::memcpy(&x, p, 4); return each<I>([=](int) { return x; }); }
+inline F to_float(I x) { return each<F>([&](int i) { return static_cast<float>(x.v[i]); }); }
+inline void store_int16(int16_t* p, F x) {
+  for (int i = 0; i < W; i++) p[i] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(x.v[i])));
+}
 inline F low(I x) { return each<F>([&](int i) { return as_float(static_cast<uint32_t>(x.v[i]) << 16); }); }
 inline F high(I x) { return each<F>([&](int i) { return as_float(static_cast<uint32_t>(x.v[i]) & 0xffff0000u); }); }
 inline F round_even(F x) { return each<F>([&](int i) { return __builtin_rintf(x.v[i]); }); }
@@ -265,11 +278,15 @@ template <class E> inline void store_part(typename E::T* p, F x, int64_t n) {
 }
 
 #if defined(__AVX512F__)
-// 64 bytes of 16 rows, from element `at` on, as 16 numbers of 32 bits each, transposed: out[i][j] = in[j][i].
+// 64 bytes of a row; of 8-bit integers 32, each widened to 16 bits.
+inline __m512i line_of(const void* p) { return _mm512_loadu_si512(p); }
+inline __m512i line_of(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+// Lines of 16 rows, from element `at` on, as 16 numbers of 32 bits each, transposed: out[i][j] = in[j][i].
 template <class T> inline __attribute__((always_inline)) void transpose16(const T* const* in, int64_t at, I (&out)[16]) {
   __m512i r[16], t[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in[i] + at);
+  for (int i = 0; i < 16; i++) r[i] = line_of(in[i] + at);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
 #pragma GCC unroll 16
@@ -290,8 +307,8 @@ template <class T> inline __attribute__((always_inline)) void transpose16(const 
 }
 
 // Two rows of 32 numbers of 16 bits, element beside element: a0 b0 a1 b1 ...
-inline __attribute__((always_inline)) void interleave32(const bf16* a, const bf16* b, I& low, I& high) {
-  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+template <class T> inline __attribute__((always_inline)) void interleave32(const T* a, const T* b, I& low, I& high) {
+  const __m512i x = line_of(a), y = line_of(b);
   alignas(64) static const uint16_t FIRST[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i order = _mm512_load_si512(FIRST);
   low.v = _mm512_permutex2var_epi16(x, order, y);
@@ -300,8 +317,8 @@ inline __attribute__((always_inline)) void interleave32(const bf16* a, const bf1
 
 // The same within 128 bits, which takes half as long: `low` gets elements 0-3, 8-11, 16-19, 24-27, `high` the rest. `apart` puts sums of 32 columns
 // in that order, `together` puts them back.
-inline __attribute__((always_inline)) void interleave_lanes(const bf16* a, const bf16* b, I& low, I& high) {
-  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+template <class T> inline __attribute__((always_inline)) void interleave_lanes(const T* a, const T* b, I& low, I& high) {
+  const __m512i x = line_of(a), y = line_of(b);
   low.v = _mm512_unpacklo_epi16(x, y), high.v = _mm512_unpackhi_epi16(x, y);
 }
 inline void apart(F first, F second, F& low, F& high) {

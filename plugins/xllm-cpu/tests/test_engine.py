@@ -102,6 +102,34 @@ def test_verify_to_the_bit(model: str, file: str, dtype: str, quantization: str 
     ]
 
 
+@pytest.mark.parametrize("isa", runnable())
+def test_scores_over_a_cache_in_8_bits(model: str, isa: str) -> None:
+    """The same codes, whoever computes: what remains is far below what 8 bits cost. Dies with a step of another head or position."""
+    expected = scores(model, device="core/reference", kv_cache_dtype="int8")
+    exact = scores(model, device="core/reference")
+    found = scores(model, device="cpu/cpu", kv_cache_dtype="int8", plugin={"cpu": {"isa": isa}})
+    cost = float((expected - exact).square().mean())
+    assert cost > 0 and float((found - expected).square().mean()) < cost / 100
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_a_cache_in_8_bits(model: str, dtype: str) -> None:
+    """The quick matrix, to the bit. Dies if a prompt's own keys are read before they are codes, or a step goes with the wrong block."""
+    report = Verifier(
+        model, dtype=dtype, scale=QUICK, num_blocks=256, device="cpu/cpu", kv_cache_dtype="int8"
+    ).run()  # fmt: skip
+    assert report.has_passed, [
+        (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
+    ]
+
+
+def test_parts_of_a_cache_in_8_bits(model: str) -> None:
+    """Its fusion is in use, the plain one is not."""
+    with LLM(model, num_blocks=64, device="cpu/cpu", kv_cache_dtype="int8") as llm:
+        used = {name: part for name, part in llm.info.kernels.items() if "kv_write" in name}
+    assert used == {name: f"cpu/{name}" for name in ("kv_write", "kv_write_int8", "rope_kv_write_int8")}
+
+
 def test_conformance() -> None:
     """Everything that is declared, on the best instruction set."""
     report = check_plugin("cpu", require_device=True)

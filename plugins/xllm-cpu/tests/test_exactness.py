@@ -11,6 +11,7 @@ from xllm_cpu.device import CpuDevice
 from xllm_cpu.ops import AddRmsNorm, Linear, LinearSiluMul, LmHead, RmsNorm, SiluMul
 
 from xllm_core.plugins import AttentionGeometry, BatchLayout, KVSegments
+from xllm_core.reference.quantization import int8_entries
 
 ROWS = 256
 
@@ -74,11 +75,23 @@ def test_rows_of_the_other_ops(device: CpuDevice, dtype: torch.dtype) -> None:
 class Cache:
     """One sequence of `length` tokens in scattered blocks."""
 
-    def __init__(self, length: int, size: int, dtype: torch.dtype, *, heads: tuple[int, int], head_size: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        size: int,
+        dtype: torch.dtype,
+        *,
+        heads: tuple[int, int],
+        head_size: int,
+        is_int8: bool = False,
+    ) -> None:
         torch.manual_seed(length)
         num_blocks = -(-length // size) + 3
         self.table = torch.randperm(num_blocks)[: -(-length // size)].to(torch.int32)
         self.kv = tuple(torch.randn(num_blocks, size, heads[1], head_size).to(dtype) for _ in range(2))
+        if is_int8:
+            (k, k_steps), (v, v_steps) = map(int8_entries, self.kv)
+            self.kv = (k, v, k_steps, v_steps)
         self.q = torch.randn(length, heads[0], head_size).to(dtype)
 
     def attend(self, kernel: PagedAttention, first: int, last: int, copies: int = 1) -> torch.Tensor:
@@ -94,12 +107,14 @@ class Cache:
         return out[-count:]
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize(
     ("head_size", "heads", "size", "window", "soft_cap"),
     [(64, (9, 3), 16, None, None), (40, (4, 2), 5, None, 3.0), (16, (2, 2), 16, 70, None), (33, (4, 1), 1, 300, None)],
 )
 def test_attention_of_any_chunk(
-    device: CpuDevice, dtype: torch.dtype, head_size: int, heads: tuple[int, int], size: int, window: int | None, soft_cap: float | None
+    device: CpuDevice, dtype: torch.dtype, head_size: int, heads: tuple[int, int], size: int, window: int | None, soft_cap: float | None,
+    kv_dtype: str | None,
 ) -> None:  # fmt: skip
     """A prompt at once, in chunks of every kind, token by token, among others, with one thread and three. Dies if a chunk moves the places at
     which sums begin, or splits are merged in another way when few rows share them.
@@ -107,10 +122,10 @@ def test_attention_of_any_chunk(
     length = 600
     geometry = AttentionGeometry(
         num_heads=heads[0], num_kv_heads=heads[1], head_size=head_size, scale=head_size**-0.5, block_size=size, dtype=str(dtype)[6:],
-        sliding_window=window, soft_cap=soft_cap,
+        sliding_window=window, soft_cap=soft_cap, kv_dtype=kv_dtype,
     )  # fmt: skip
     kernel = PagedAttention(device, geometry)
-    cache = Cache(length, size, dtype, heads=heads, head_size=head_size)
+    cache = Cache(length, size, dtype, heads=heads, head_size=head_size, is_int8=kv_dtype is not None)
     whole = cache.attend(kernel, 0, length)
     assert bool(whole.isfinite().all())
     for chunk in (1, 7, 64, 255, 256, 300):
@@ -124,16 +139,17 @@ def test_attention_of_any_chunk(
         assert torch.equal(cache.attend(kernel, 599, 600), whole[599:])
 
 
-def test_what_was_never_written_is_never_read(device: CpuDevice, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_what_was_never_written_is_never_read(device: CpuDevice, dtype: torch.dtype, kv_dtype: str | None) -> None:
     """Slots behind the last token and before the window hold NaN. Dies if a masked position is multiplied by zero instead of left out."""
     geometry = AttentionGeometry(
-        num_heads=2, num_kv_heads=1, head_size=16, scale=0.25, block_size=8, dtype=str(dtype)[6:], sliding_window=20
-    )
-    cache = Cache(75, 8, dtype, heads=(2, 1), head_size=16)
+        num_heads=2, num_kv_heads=1, head_size=16, scale=0.25, block_size=8, dtype=str(dtype)[6:], sliding_window=20, kv_dtype=kv_dtype,
+    )  # fmt: skip
+    cache = Cache(75, 8, dtype, heads=(2, 1), head_size=16, is_int8=kv_dtype is not None)
     kernel = PagedAttention(device, geometry)
     clean = cache.attend(kernel, 70, 75)
-    for tensor in cache.kv:
-        flat = tensor.view(-1, 1, 16)
+    for tensor in cache.kv[-2:]:  # steps, where there are any
+        flat = tensor.flatten(0, 1)
         for position in (*range(70 - 19), *range(75, 80)):
             flat[int(cache.table[position // 8]) * 8 + position % 8] = float("nan")
         for block in set(range(len(tensor))) - set(cache.table.tolist()):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from xllm_cpu.attention import PagedAttention
+from xllm_cpu.cache_ops import BlockCopy, KvWrite, KvWriteInt8, RopeKvWrite, RopeKvWriteInt8
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.ops import AddRmsNorm, BlockCopy, Embedding, KvWrite, Linear, RmsNorm, Rope, RopeKvWrite, SiluMul
+from xllm_cpu.ops import AddRmsNorm, Embedding, Linear, RmsNorm, Rope, SiluMul
 
 from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSegments
 
@@ -25,6 +26,12 @@ def linear(device: CpuDevice, x: torch.Tensor) -> Any:
     op = Linear(device)
     return op(x, op.prepare(T(4, 6), None))
 
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int8)
+
+
+CODES = (codes(2, 4, 1, 8), codes(2, 4, 1, 8), T(2, 4, 1), T(2, 4, 1))
 
 CALLS: dict[str, tuple[Callable[[CpuDevice], Any], type[Exception], str]] = {
     "linear, width": (lambda d: linear(d, T(2, 5)), ValueError, r"x must be \[T, 6\]"),
@@ -45,6 +52,17 @@ CALLS: dict[str, tuple[Callable[[CpuDevice], Any], type[Exception], str]] = {
     "rope_kv_write, slot": (
         lambda d: RopeKvWrite(d)(T(2, 2, 8), T(2, 1, 8), T(2, 1, 8), T(2, 8), T(2, 8), (T(2, 4, 1, 8), T(2, 4, 1, 8)), ids(99, 0)),
         IndexError, "slot 99 at 0",
+    ),
+    "kv_write_int8, slot": (lambda d: KvWriteInt8(d)((T(2, 1, 8),), CODES[::2], ids(0, 8)), IndexError, "slot 8 at 1 is outside 0 .. 7"),
+    "kv_write_int8, steps": (lambda d: KvWriteInt8(d)((T(2, 1, 8),), (CODES[0], T(2, 4, 2)), SLOTS), ValueError, "steps float32"),
+    "kv_write_int8, codes": (lambda d: KvWriteInt8(d)((T(2, 1, 8),), (T(2, 4, 1, 8), CODES[2]), SLOTS), ValueError, "must be int8"),
+    "kv_write_int8, too few": (lambda d: KvWriteInt8(d)((T(2, 1, 8), T(2, 1, 8)), CODES[:3], SLOTS), ValueError, "shorter"),
+    "rope_kv_write_int8, slot": (
+        lambda d: RopeKvWriteInt8(d)(T(2, 2, 8), T(2, 1, 8), T(2, 1, 8), T(2, 8), T(2, 8), CODES, ids(99, 0)), IndexError, "slot 99 at 0",
+    ),
+    "rope_kv_write_int8, steps": (
+        lambda d: RopeKvWriteInt8(d)(T(2, 2, 8), T(2, 1, 8), T(2, 1, 8), T(2, 8), T(2, 8), (*CODES[:3], T(2, 3, 1)), SLOTS),
+        ValueError, "steps float32",
     ),
     "block_copy, source": (lambda d: BlockCopy(d)((T(3, 4, 1),), ids(3), ids(0)), IndexError, "block 3 to 0"),
     "block_copy, target": (lambda d: BlockCopy(d)((T(3, 4, 1),), ids(0), ids(-1)), IndexError, "block 0 to -1"),
@@ -88,6 +106,23 @@ def test_attention_refuses_what_does_not_fit(device: CpuDevice) -> None:
     ):
         with pytest.raises(ValueError, match="must be"):
             kernel.run(q, KVSegments(own=own), plan, T(*q.shape).to(q.dtype))
+
+
+def test_attention_refuses_codes_that_do_not_fit(device: CpuDevice) -> None:
+    """Codes where the model's numbers are meant and the other way round, steps that are missing or of another shape, heads of too many numbers."""
+    common = {"num_heads": 2, "num_kv_heads": 1, "scale": 1.0, "block_size": 4, "dtype": "float32"}
+    plain, small = (
+        PagedAttention(device, AttentionGeometry(head_size=8, kv_dtype=kv, **common)) for kv in (None, "int8")
+    )
+    for kernel, own, text in (
+        (plain, CODES, "must be"), (small, (T(2, 4, 1, 8), T(2, 4, 1, 8), *CODES[2:]), "must be"), (small, CODES[:2], "0 tensors of steps"),
+        (small, CODES[:3], "1 tensors of steps"), (small, (*CODES[:3], T(2, 4, 2)), "2 tensors of steps"),
+        (small, (*CODES[:3], CODES[3].double()), "2 tensors of steps"), (plain, (T(2, 4, 1, 8), T(2, 4, 1, 8), *CODES[2:]), "of others none"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            kernel.run(T(1, 2, 8), KVSegments(own=own), kernel.plan(layout(1, 8, 0, 1)), T(1, 2, 8))
+    with pytest.raises(ConfigError, match="heads of up to 512 so, this model has 513"):
+        PagedAttention(device, AttentionGeometry(head_size=513, kv_dtype="int8", **common))
 
 
 def test_nothing_to_do(device: CpuDevice) -> None:

@@ -18,6 +18,7 @@ class AttentionGeometry:
     """What a kernel is asked to serve; matched against the spec's data before anything is imported.
 
     scale: factor on q·k. sliding_window: tokens seen including the query's own, None for all. soft_cap: tanh cap on scores, None for none.
+    kv_dtype: what keys and values are quantised to ("int8"), None for the model's dtype.
     """
 
     num_heads: int
@@ -29,12 +30,17 @@ class AttentionGeometry:
     layout: str = "BSGD"
     sliding_window: int | None = None
     soft_cap: float | None = None
+    kv_dtype: str | None = None
 
     @property
     def features(self) -> frozenset[str]:
         """Features a kernel must declare to be allowed here."""
         named = {"sliding_window": self.sliding_window is not None, "soft_cap": self.soft_cap is not None}
-        return frozenset(name for name, is_needed in named.items() if is_needed)
+        return frozenset(
+            name
+            for name, is_needed in (named | {f"{self.kv_dtype}_kv": self.kv_dtype is not None}).items()
+            if is_needed
+        )
 
 
 @dataclass(slots=True)
@@ -55,7 +61,8 @@ class BatchLayout:
 
 @dataclass(slots=True)
 class KVSegments:
-    """Where a layer's keys and values lie. `own`: the group's cache tensors, (k, v) each [B, S, G, D] in layout "BSGD".
+    """Where a layer's keys and values lie. `own`: the group's cache tensors, (k, v) each [B, S, G, D] in layout "BSGD"; in 8 bits
+    (k, v, steps of k, steps of v), these [B, S, G] float32 (`contracts.ops`, "Keys and values in 8 bits").
 
     shared: tensors of a prefix that all rows see first; only for kernels that declare "segments".
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class KVGroupSpec:
     layers: tuple[int, ...]
     tensors: tuple[KVTensorSpec, ...]
     window: int | None = None
+
+    def in_int8(self) -> KVGroupSpec:
+        """The same with its tensors in 8 bits (`contracts.ops`): codes in their places, then a float32 step for each last axis."""
+        codes = tuple(replace(tensor, dtype="int8") for tensor in self.tensors)
+        steps = tuple(KVTensorSpec(f"{tensor.name}_steps", tensor.shape[:-1], "float32") for tensor in self.tensors)
+        return replace(self, tensors=codes + steps)
 
 
 @dataclass(frozen=True, slots=True)

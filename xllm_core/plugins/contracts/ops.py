@@ -39,6 +39,17 @@ Ops over quantised weights, asked for where `[model] quantization` names the for
 | `lm_head_blocks` | the same, returns [T, out] float32 | `lm_head` likewise |
 | `linear_silu_mul_blocks` | the same, returns [T, out / 2] | fusion of `linear_blocks` and `silu_mul` |
 
+Ops over a cache in 8 bits, asked for where `[kv] cache_dtype` names it. A device may do without; the cache is then refused there.
+
+| op | call | meaning |
+|---|---|---|
+| `kv_write_int8` | `(new: n of [T, ..., D], caches: n of int8 [B, S, ..., D], then n of float32 [B, S, ...], slots)` | `kv_write`, see below |
+| `rope_kv_write_int8` | as `rope_kv_write`, with such caches | fusion of `rope` and `kv_write_int8` |
+
+Keys and values in 8 bits. D numbers of a token's head, whose largest magnitude is a, become codes round(x * (127 / a)), halves to even, and a
+step a / 127. With a below 2**-100 all of them are zeros, and what is not finite becomes codes 0 with a step NaN. A code times its step is what
+attention sees.
+
 Format "int8". A row of a weight, whose largest magnitude is a, becomes round(r * (127 / a)) and a step a / 127. A token's row of x, with
 lo = min(0, least) and hi = max(0, largest), becomes bytes b = min(255, round(x * f) + z), where f = 255 / (hi - lo) and z = round(-lo * f), and
 a step (hi - lo) / 255. Halves go to even. Sums of (b - z) * r are exact 32-bit integers, so `in` is at most 65,536; then
@@ -90,12 +101,25 @@ QUANTIZED_OPS: Mapping[str, tuple[str, ...]] = {
 }
 """Ops over quantised weights, and for fusions what they replace."""
 
+KV_WRITE_OPS: Mapping[str, str] = {"auto": "kv_write", "int8": "kv_write_int8"}
+"""By `[kv] cache_dtype`: the op that stores into the cache. With `rope_` before its name: its fusion with `rope`."""
+
+QUANTIZED_KV_OPS: Mapping[str, tuple[str, ...]] = {
+    "kv_write_int8": (),
+    "rope_kv_write_int8": ("rope", "kv_write_int8"),
+}
+"""Ops over a quantised cache, and for fusions what they replace."""
+
 BLOCK_COLUMNS = 32
 """Columns of a weight that share a scale in the ops over blocks."""
 
 REFERENCE_OPS = {
     op: f"xllm_core.reference.ops:{''.join(part.capitalize() for part in op.split('_'))}"
-    for op in (*CORE_OPS, *MODEL_OPS, *(name for name, replaced in QUANTIZED_OPS.items() if not replaced))
+    for op in (
+        *CORE_OPS,
+        *MODEL_OPS,
+        *(name for name, replaced in {**QUANTIZED_OPS, **QUANTIZED_KV_OPS}.items() if not replaced),
+    )
 }
 """Targets of the definitions, fusions left out.
 
@@ -103,7 +127,7 @@ They compute with torch on whatever device their tensors are: a new device offer
 """
 
 REFERENCE_ATTENTION = "xllm_core.reference.attention:ReferenceAttention"
-"""Target of the reference kernel; layout "BSGD", features "sliding_window" and "soft_cap". It lays steps out on the host: CPUs only."""
+"""Target of the reference kernel; layout "BSGD", features "sliding_window", "soft_cap" and "int8_kv". It lays steps out on the host: CPUs only."""
 
 
 class LinearOp(Protocol):

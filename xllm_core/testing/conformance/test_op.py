@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, MODEL_OPS, QUANTIZED_OPS
+from xllm_core.plugins.contracts.ops import CORE_FUSIONS, CORE_OPS, MODEL_OPS, QUANTIZED_KV_OPS, QUANTIZED_OPS
 from xllm_core.plugins.contracts.queries import OpQuery
 from xllm_core.plugins.select import unfit_op
 from xllm_core.testing.plugin import Kit, kit_of
@@ -99,7 +99,7 @@ class Bound:
     def _as_cache(self, tensor: torch.Tensor) -> torch.Tensor:
         from xllm_core.testing.paged import laid_out
 
-        return laid_out(tensor, self.layout, self.device, tensor.dtype)
+        return laid_out(tensor, self.layout, self.device)
 
     def _from_cache(self, tensor: torch.Tensor) -> torch.Tensor:
         return (tensor if self.layout == "BSGD" else tensor.transpose(1, 2)).cpu()
@@ -129,6 +129,7 @@ def layouts(device: DeviceBackend, inputs: OpInputs, declared: Collection[str]) 
 def test_it_equals_the_reference(case: Case, xllm_kit: Kit) -> None:
     """Results equal the reference's, up to the roundings that the definition allows."""
     from xllm_core.reference.device import ReferenceDevice
+    from xllm_core.runtime.dtypes import torch_dtype
     from xllm_core.testing.op_inputs import limit, oracle
 
     device, inputs = ready(xllm_kit, case)
@@ -146,11 +147,9 @@ def test_it_equals_the_reference(case: Case, xllm_kit: Kit) -> None:
                         f"{place}: gives {answer.dtype} {tuple(answer.shape)}, defined is {want.dtype} {tuple(want.shape)}"
                     )
                     difference = (answer.float() - want.float()).abs().nan_to_num(float("inf"))
-                    allowed = (
-                        difference * 0
-                        if inputs.is_exact or not want.is_floating_point()
-                        else limit(want, want.dtype, inputs.roundings)
-                    )
+                    is_wide = want.is_floating_point() and not inputs.caches
+                    rounded_to = want.dtype if is_wide else torch_dtype(case.dtype)
+                    allowed = difference * 0 if inputs.is_exact else limit(want, rounded_to, inputs.roundings)
                     assert bool((difference <= allowed).all()), (
                         f"{place}: differs by {float(difference.max()):.3g} where {float(allowed.max()):.3g} is rounding"
                     )
@@ -190,11 +189,12 @@ def _first(tensor: torch.Tensor, count: int) -> torch.Tensor:
 def test_its_name_means_something(part: Part) -> None:
     """The op is one that the core defines, or a fusion of such."""
     spec = part.spec
-    ops = (*CORE_OPS, *MODEL_OPS, *(name for name, replaces in QUANTIZED_OPS.items() if not replaces))
+    quantized = {**QUANTIZED_OPS, **QUANTIZED_KV_OPS}
+    ops = (*CORE_OPS, *MODEL_OPS, *(name for name, replaces in quantized.items() if not replaces))
     if spec.op in ops:
         assert not spec.replaces, f"{spec.op!r} is an op of the core and no fusion; it replaces nothing"
         return
-    fusions = {**CORE_FUSIONS, **{name: replaces for name, replaces in QUANTIZED_OPS.items() if replaces}}
+    fusions = {**CORE_FUSIONS, **{name: replaces for name, replaces in quantized.items() if replaces}}
     assert spec.op in fusions or spec.replaces, (
         f"{spec.op!r} is no op of the core and replaces none, so no model ever asks for it; ops are {', '.join(ops)}"
     )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from xllm_core.plugins import AttentionGeometry, BatchLayout, KVSegments
+from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSegments
 from xllm_cpu.device import CpuDevice
 from xllm_cpu.native import AttentionStep
+
+MOST_INT8_HEAD = 512  # elements whose products with 16-bit queries fit 32 bits in any case
 
 
 @dataclass(slots=True)
@@ -36,6 +38,11 @@ class PagedAttention:
     def __init__(self, device: CpuDevice, geometry: AttentionGeometry) -> None:
         self._native, self._geometry = device.native, geometry
         self._dtype = torch.bfloat16 if geometry.dtype == "bfloat16" else torch.float32
+        self._cached = torch.int8 if geometry.kv_dtype == "int8" else self._dtype
+        if geometry.kv_dtype == "int8" and geometry.head_size > MOST_INT8_HEAD:
+            raise ConfigError(
+                f"[kv] cache_dtype = 'int8': cpu/paged takes heads of up to {MOST_INT8_HEAD} so, this model has {geometry.head_size}; use auto"
+            )
 
     def plan(self, batch: BatchLayout) -> Plan:
         """Tasks of the step: so many queries of one row and KV head each. Raises ValueError for lengths or tables that do not fit together."""
@@ -64,7 +71,7 @@ class PagedAttention:
             query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr(), tables=tables.data_ptr(), tasks=tasks.data_ptr(),
             table_width=max_blocks, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
             head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
-            soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16),
+            soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16), is_int8=int(self._cached == torch.int8),
         )  # fmt: skip
         return Plan(step, kept, max_rows, max_tokens, ctypes.addressof(step))
 
@@ -93,24 +100,38 @@ class PagedAttention:
         plan.batch = batch if all(read is given for read, given in zip(plan.read, tensors, strict=True)) else None
 
     def run(self, q: torch.Tensor, kv: KVSegments, plan: Plan, out: torch.Tensor) -> None:
-        """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]. Raises ValueError or IndexError before anything is read that is not there."""
+        """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D], and of int8 their steps, each [B, S, G].
+
+        Raises ValueError or IndexError before anything is read that is not there.
+        """
         geometry = self._geometry
-        k, v = kv.own
+        k, v, *steps = kv.own
         shape = (plan.max_tokens, geometry.num_heads, geometry.head_size)
         slot = (geometry.block_size, geometry.num_kv_heads, geometry.head_size)
         is_right = q.shape == out.shape == shape and k.shape == v.shape and k.shape[1:] == slot
         if (
             not is_right
-            or not {t.dtype for t in (q, k, v, out)} == {self._dtype}
-            or not (k.is_contiguous() and v.is_contiguous())
+            or not {t.dtype for t in (q, out)} == {self._dtype}
+            or not {t.dtype for t in (k, v)} == {self._cached}
+            or not all(t.is_contiguous() for t in kv.own)
         ):
             raise ValueError(
-                f"q {tuple(q.shape)} and k {tuple(k.shape)} must be {shape} and (blocks, *{slot}), contiguous, {self._dtype}"
+                f"q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} must be {shape} {self._dtype} and (blocks, *{slot}) {self._cached},"
+                " contiguous"
+            )
+        has_steps = [step.shape == k.shape[:3] and step.dtype == torch.float32 for step in steps]
+        if has_steps != [True] * (2 if self._cached == torch.int8 else 0):
+            raise ValueError(
+                f"{len(steps)} tensors of steps {[tuple(step.shape) for step in steps]} beside k {tuple(k.shape)} {k.dtype}: of int8 there are two,"
+                " [B, S, G] float32, of others none"
             )
         if plan.highest_block >= len(k):
             raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-        self._native.attention(plan.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), target.data_ptr())
+        k_steps, v_steps = (step.data_ptr() for step in steps) if steps else (None, None)
+        self._native.attention(
+            plan.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), k_steps, v_steps, target.data_ptr()
+        )
         if target is not out:
             out.copy_(target)

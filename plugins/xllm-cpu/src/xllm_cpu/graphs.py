@@ -27,7 +27,7 @@ aten = torch.ops.aten
 # Native functions that can be recorded -> which argument is the number of rows.
 _ROWS_AT: Mapping[str, int | None] = {
     "linear": 4, "rms_norm": 5, "add_rms_norm": 6, "silu_mul": 3, "embedding": 3, "rope": 5, "kv_write": 4, "rope_kv_write": 12, "attention": None,
-    "add": 3, "experts": 7, "linear_int8": 5, "linear_blocks": 5, "packed_rows": 3,
+    "add": 3, "experts": 7, "linear_int8": 5, "linear_blocks": 5, "packed_rows": 3, "kv_write_int8": 5, "rope_kv_write_int8": 14,
 }  # fmt: skip
 _SEGMENT_BYTES = 8 << 20
 _LINE = 64

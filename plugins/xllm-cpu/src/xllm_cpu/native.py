@@ -38,17 +38,19 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "rope": (_I32, [_P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32]),
     "kv_write": (_I32, [_P, _I64, _P, _P, _I64, _I64, _I64, _I64]),
     "rope_kv_write": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P, _P, _P, _P, _P, _P, *[_I64] * 7, _I32]),
+    "kv_write_int8": (_I32, [_P, _I64, _P, _P, _P, *[_I64] * 4, _I32]),
+    "rope_kv_write_int8": (_I32, [*[_P] * 3, *[_I64] * 3, *[_P] * 8, *[_I64] * 6, _I32]),
     "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
     "populate": (None, [_P, _I64]),
     "attention_lay_out": (_I64, [*[_P] * 4, *[_I64] * 4, _I32]),
-    "attention": (_I32, [_P, _P, _P, _P, _P]),
+    "attention": (_I32, [_P] * 7),
     "add": (_I32, [_P, _P, _P, _I64, _I64, _I32]),
     "sample": (_I32, [_P, _I64, _I64, _P, _P]),
     "replay_op": (_I32, [ctypes.c_char_p]),
     "replay": (_I64, [_P, _I64, _I64]),
 }
 
-MAX_ARGUMENTS = 20
+MAX_ARGUMENTS = 22
 
 
 class AttentionStep(ctypes.Structure):
@@ -59,7 +61,7 @@ class AttentionStep(ctypes.Structure):
         *((name, _I64) for name in ("num_tasks", "table_width")),
         *((name, _I32) for name in ("num_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "window")),
         *((name, _F32) for name in ("scale", "soft_cap")),
-        *((name, _I32) for name in ("is_bf16", "max_kv_len")),
+        *((name, _I32) for name in ("is_bf16", "is_int8", "max_kv_len")),
     ]
 
 

@@ -8,6 +8,7 @@ from xllm_core.plugins import (
     CORE_FUSIONS,
     CORE_OPS,
     MODEL_OPS,
+    QUANTIZED_KV_OPS,
     QUANTIZED_OPS,
     AttentionSpec,
     DeviceSpec,
@@ -22,6 +23,7 @@ xllm_plugin = PluginInfo(id="cpu", xllm_api=">=0.1", config="xllm_cpu.settings:C
 
 _CPU = frozenset({"cpu"})
 _DTYPES = frozenset({"float32", "bfloat16"})
+_OF_THE_CACHE = frozenset({"kv_write", "rope_kv_write", "block_copy", *QUANTIZED_KV_OPS})
 
 
 @hookimpl
@@ -35,11 +37,17 @@ def xllm_devices(ctx: PluginContext) -> Iterable[DeviceSpec]:
 
 @hookimpl
 def xllm_ops() -> Iterable[OpSpec]:
-    """Every op of the core, those that only some models need, those over quantised weights, and the fusions."""
-    fusions = {**CORE_FUSIONS, **QUANTIZED_OPS}
+    """Every op of the core, those that only some models need, those over quantised weights and caches, and the fusions."""
+    fusions = {**CORE_FUSIONS, **QUANTIZED_OPS, **QUANTIZED_KV_OPS}
     for op in (*CORE_OPS, *MODEL_OPS, *fusions):
         attribute = "".join(part.capitalize() for part in op.split("_"))
-        module = "xllm_cpu.quantized" if op in QUANTIZED_OPS else "xllm_cpu.ops"
+        module = (
+            "xllm_cpu.quantized"
+            if op in QUANTIZED_OPS
+            else "xllm_cpu.cache_ops"
+            if op in _OF_THE_CACHE
+            else "xllm_cpu.ops"
+        )
         yield OpSpec(
             name=op, op=op, target=f"{module}:{attribute}", rank=50, devices=_CPU, dtypes=_DTYPES, replaces=fusions.get(op, ())
         )  # fmt: skip
@@ -50,7 +58,7 @@ def xllm_attention() -> Iterable[AttentionSpec]:
     """One kernel for prefill and decode, any head size, any block size."""
     yield AttentionSpec(
         name="paged", target="xllm_cpu.attention:PagedAttention", rank=50, devices=_CPU, dtypes=_DTYPES,
-        features=frozenset({"sliding_window", "soft_cap"}), summary="online softmax in fixed chunks and splits",
+        features=frozenset({"sliding_window", "soft_cap", "int8_kv"}), summary="one softmax per split of 256 positions",
     )  # fmt: skip
 
 
