@@ -419,7 +419,7 @@ template <class K> struct Worker {
       for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = Sum{};
       multiply<K, MR>(weights.data() + found.begin, SPLIT, values.data() + panel * (SPLIT * NR) + found.begin * NR, (end - found.begin) / K::P, c);
       float* value = part.value.data() + query * width + panel * NR;
-      for (int i = 0; i < MR; i++) store(value + i * width, value_of(c[i][0], i)), store(value + i * width + W, value_of(c[i][1], i));
+      unrolled<MR>([&](auto i) { store(value + i * width, value_of(c[i][0], i)), store(value + i * width + W, value_of(c[i][1], i)); });
     }
   }
 
@@ -428,7 +428,7 @@ template <class K> struct Worker {
     if constexpr (K::HAS_STEPS) {
       const float* steps = room.key_steps.data() + head * SPLIT + p;
       const F first = load(steps), second = load(steps + W);
-      for (int i = 0; i < MR; i++) store(to + i * SPLIT, mul(to_float(c[i][0]), first)), store(to + i * SPLIT + W, mul(to_float(c[i][1]), second));
+      unrolled<MR>([&](auto i) { store(to + i * SPLIT, mul(to_float(c[i][0]), first)), store(to + i * SPLIT + W, mul(to_float(c[i][1]), second)); });
     } else {
       for (int i = 0; i < MR; i++) store(to + i * SPLIT, c[i][0]), store(to + i * SPLIT + W, c[i][1]);
     }

