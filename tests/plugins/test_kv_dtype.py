@@ -15,12 +15,14 @@ from xllm_core.config import Settings
 from xllm_core.engine.build import plan_geometry
 from xllm_core.errors import ConfigError, PluginError, ResolutionError
 from xllm_core.plugins import CORE_OPS
-from xllm_core.plugins.contracts.kv import KVTensorSpec
+from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVTensorSpec
 from xllm_core.plugins.explain import why
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.plan import AssemblyPlan
 from xllm_core.plugins.resolve import Assembly, assemble
 from xllm_core.plugins.worker import assembly_of
+from xllm_core.reference.device import ReferenceDevice
+from xllm_core.runtime.kv_cache import KVCache, block_bytes
 
 BARE = """
 from xllm_core.plugins import CORE_OPS, REFERENCE_ATTENTION, REFERENCE_OPS, AttentionSpec, DeviceSpec, OpSpec
@@ -101,6 +103,31 @@ def test_a_device_without_the_op_refuses(model: str, make_dist: Callable[..., Pa
     assert assembled(model, device="bare/bare").plan.kv_dtype is None
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 33), (5, 3, 33), (16, 3, 64)])
+def test_blocks_come_back_from_a_store(shape: tuple[int, int, int]) -> None:
+    """Steps lie behind codes, at any byte. Killed by: a view of floats that begins between two."""
+    size, heads, width = shape
+    group = KVGroupSpec(
+        "full", "full", (0, 1), tuple(KVTensorSpec(n, (heads, width), "bfloat16") for n in "kv")
+    ).in_int8()
+    geometry = KVGeometry((group,), size, (3,), (block_bytes(group, size),), "BSGD", "")
+    cache = KVCache(ReferenceDevice(0), geometry)
+    for tensor in cache.tensors(0):
+        tensor.copy_(torch.randint(-127, 127, tensor.shape))
+    before = [tensor[1].clone() for tensor in cache.tensors(0)]
+    kept = cache.read_block(0, 1)
+    assert len(kept) == geometry.block_bytes[0]
+    cache.write_block(0, 2, kept)
+    assert all(torch.equal(tensor[2], was) for tensor, was in zip(cache.tensors(0), before, strict=True))
+
+
+def test_a_device_with_neither_names_the_setting(model: str, make_dist: Callable[..., Path]) -> None:
+    """As most devices are. Killed by: a refusal that speaks of a feature, and leaves it to the user to find out who asked."""
+    make_dist("bare", "HAS, FEATURES = (), ()\n" + BARE, {"parts.py": PARTS})
+    with pytest.raises(ResolutionError, match=r"int8_kv \(\[kv\] cache_dtype = 'int8'\)"):
+        assembled(model, device="bare/bare", kv_cache_dtype="int8")
+
+
 def test_a_kernel_that_does_not_say_so_is_refused(model: str, make_dist: Callable[..., Path]) -> None:
     """By the feature's name. Killed by: a kernel that takes codes for numbers."""
     make_dist("bare", "HAS, FEATURES = ('kv_write_int8',), ()\n" + BARE, {"parts.py": PARTS})
@@ -129,8 +156,10 @@ def scores(model: str, **flat: Any) -> torch.Tensor:
 
 
 def test_a_worker_whose_family_needs_the_op_says_so(model: str) -> None:
-    """A plan without it is no plan. Killed by: finding out in the first forward."""
+    """A plan without it, or with a cache that nobody knows, is no plan. Killed by: finding out in the first forward."""
     plain = assembled(model, kv_cache_dtype="int8").plan.to_json()
+    with pytest.raises(PluginError, match=r"this is no plan.*int1"):
+        AssemblyPlan.from_json({**plain, "kv_dtype": "int1"})
     del plain["ops"]["kv_write_int8"]
     with pytest.raises(PluginError, match="kv_write_int8"):
         assembly_of(AssemblyPlan.from_json(plain))
@@ -140,6 +169,7 @@ def test_names(model: str) -> None:
     """What is known is listed; `xllm plugins why` knows the op."""
     with pytest.raises(ConfigError, match="'auto' or 'int8'"):
         settings(model, kv_cache_dtype="fp8")
-    made = Settings(use={"device": "core/reference"})
-    lines = why("op.kv_write_int8", made, PluginManager.discover(made))
-    assert any("core/kv_write_int8" in line for line in (lines if isinstance(lines, list) else lines.splitlines()))
+    made = Settings(use={"device": "core/reference"}, kv={"cache_dtype": "int8"})
+    for kind in ("op", "op.kv_write_int8"):
+        text = why(kind, made, PluginManager.discover(made))
+        assert "core/kv_write_int8" in (text if isinstance(text, str) else "\n".join(text))

@@ -117,8 +117,10 @@ def _without_model(kind: str, settings: Settings, manager: PluginManager, shape:
     if base == "sampler":
         return [f"sampler for {facts.kind}", *block(resolver.sampler(facts))]
     if base == "op":
-        asked = (narrow,) if narrow in (*MODEL_OPS, *QUANTIZED_OPS, *QUANTIZED_KV_OPS) else CORE_OPS
-        ops = {name: resolver.op(name, facts, dtype) for name in asked}
+        asked = (
+            (narrow,) if narrow in (*MODEL_OPS, *QUANTIZED_OPS, *QUANTIZED_KV_OPS) else {*CORE_OPS, resolver.kv_write}
+        )
+        ops = {name: resolver.op(name, facts, dtype) for name in sorted(asked)}
         fusions, unused = resolver.fusions(ops, facts, dtype)
         found = {name: choice for name, choice in (ops | fusions).items() if narrow in ("", name)}
         lines = _joined((f"op.{name} on {facts.kind} in {dtype}", choice) for name, choice in found.items())

@@ -143,6 +143,7 @@ class AssemblyPlan:
             return Choice(**{**data, "eligible": tuple(data["eligible"]), "rejected": rejected})
 
         try:
+            KV_WRITE_OPS[plain["kv_dtype"] or "auto"]  # KeyError for one that is not known here
             return cls(
                 **{
                     **plain,

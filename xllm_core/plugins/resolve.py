@@ -277,7 +277,7 @@ class Resolver:
     def layout(self, groups: Mapping[str, Mapping[str, Any]], facts: DeviceFacts, dtype: str) -> _Layout:
         """Block size, KV layout, one kernel per group and the store that `[use]` names, chosen together, as they share one cache.
 
-        Only layouts that an op `kv_write` of the device knows are looked at.
+        Only layouts that an op of the device which stores into such a cache knows are looked at.
         Of the combinations that serve all of them the one with the best-ranked kernels is taken, then the device's first.
         """
         wanted = self.settings.kv.block_size
@@ -385,9 +385,8 @@ class Resolver:
             *QUANTIZED_KV_OPS
         }
         offers = [offer for offer in self.offers("op") if offer.spec.replaces]
-        # Those over a format, or into a cache, that is not in use are none of this engine's business.
+        # Those over a format that is not in use are none of this engine's business.
         offers = [o for o in offers if o.spec.op not in formats or ops.keys() >= set(o.spec.replaces)]
-        offers = [o for o in offers if not ({*KV_WRITE_OPS.values()} - {self.kv_write}) & set(o.spec.replaces)]
         taken: dict[str, Choice] = {}
         unused: list[tuple[str, str]] = []
         for name in sorted({offer.spec.op for offer in offers}):

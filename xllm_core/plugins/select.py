@@ -14,6 +14,7 @@ from xllm_core.config import Settings
 from xllm_core.config_sources import guess
 from xllm_core.errors import PluginConflictError, ResolutionError
 from xllm_core.plugins.contracts.attention import AttentionGeometry
+from xllm_core.plugins.contracts.ops import KV_WRITE_OPS
 from xllm_core.plugins.contracts.queries import AttentionQuery, KVStoreQuery, ModelQuery, OpQuery, SamplerQuery
 from xllm_core.plugins.contracts.weights import Checkpoint, HoldsPacked
 from xllm_core.plugins.manager import CORE, Offer, PluginManager
@@ -245,6 +246,9 @@ def unfit_fusion(
         return "[engine] fusions = false"
     if reason := unfit_op(offer, query):
         return reason
+    stores = KV_WRITE_OPS[settings.kv.cache_dtype]
+    if idle := ({*KV_WRITE_OPS.values()} - {stores}) & set(offer.spec.replaces):
+        return f"replaces {', '.join(idle)}, and [kv] cache_dtype = {settings.kv.cache_dtype!r} stores by {stores}"
     ranks = {other.name: other.spec.rank for other in offers}
     is_pinned = f"op.{query.op}" in settings.use
     for name in offer.spec.replaces:
@@ -372,7 +376,9 @@ def packed_kinds(
 
 def describe_geometry(geometry: AttentionGeometry, device_kind: str) -> str:
     """What a kernel is asked for, for people."""
-    features = f", {', '.join(sorted(geometry.features))}" if geometry.features else ""
+    features = "".join(f", {name}" for name in sorted(geometry.features))
+    if geometry.kv_dtype is not None:
+        features += f" ([kv] cache_dtype = {geometry.kv_dtype!r})"
     return (
         f"{device_kind}, {geometry.dtype}, {geometry.num_heads} query and {geometry.num_kv_heads} KV heads of {geometry.head_size},"
         f" blocks of {geometry.block_size}, layout {geometry.layout}{features}"

@@ -69,7 +69,10 @@ class KVCache:
         for tensor in self._groups[group]:
             target = tensor[block_id]
             size = target.numel() * target.element_size()
-            target.copy_(data[at : at + size].view(tensor.dtype).reshape(target.shape))
+            part = data[at : at + size]
+            if at % tensor.element_size():  # numbers behind codes may begin at any byte, which no view of them does
+                part = part.clone()
+            target.copy_(part.view(tensor.dtype).reshape(target.shape))
             at += size
 
 

@@ -6,10 +6,10 @@
 // result depends on its own position alone: not on the chunk it was prefilled in, its neighbours, or how splits were shared out.
 // Sources: FlashAttention-2, arXiv:2307.08691 (online softmax); Flash-Decoding (splits over KV).
 //
-// Limits: decode reads 2 * kv_len * G * D elements a row from memory; prefill does 4 * D operations per query head and position seen.
+// Limits: decode reads 2 * kv_len * G * D elements (and of codes 2 * kv_len * G steps) a row from memory; prefill does 4 * D operations per query head and position seen.
 //
 // A cache of 8-bit codes is not widened to the model's numbers: a query becomes 16-bit integers of a step of its own, and so do its weights over a split, each
-// times the step of its position's values. Products with codes are exact in 32 bits, whatever the instruction set, and more precise than bfloat16.
+// times the step of its position's values. Products with codes are exact in 32 bits, and more precise than bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -464,7 +464,7 @@ template <class K> struct Worker {
       const float now = part.top[static_cast<size_t>(query + i)];
       T* weight = weights.data() + i * SPLIT;
       const bool is_seen = now != NONE;
-      const int from = is_seen ? std::max(begin, begin_of(query + i) - start) / W * W : end, to = is_seen ? std::min(end, position(query + i) + 1 - start) : end;
+      const int from = is_seen ? std::min(end, std::max(begin, begin_of(query + i) - start) / W * W) : end, to = is_seen ? std::min(end, position(query + i) + 1 - start) : end;
       std::fill(weight + begin, weight + from, T{0});
       F total = zero();
       const F by = set1(is_plain ? scale_of(query + i) * LOG2_E : 1.0f), less = set1(-now);
@@ -494,9 +494,10 @@ template <class K> struct Worker {
     const float* steps = room.value_steps.data() + (query + i) / per_head * SPLIT;
     F total = zero(), most = zero();
     for (int n = from; n < to; n += W) {
-      const F w = K::weight(fma(load(s + n), by, less)), x = from_on(w, std::numeric_limits<float>::min(), mul(w, load(steps + n)));
+      const F score = load(s + n), w = K::weight(fma(score, by, less)), x = from_on(w, std::numeric_limits<float>::min(), mul(w, load(steps + n)));
       store(s + n, x);
-      most = vmax(most, x), total = add(total, fma(x, zero(), w));  // 0 times what is not finite is NaN
+      const F test = mul(add(vmax(set1(LEAST), score), x), zero());  // 0 times what is not finite is NaN; what is hidden, -inf, is finite so
+      most = vmax(most, x), total = add(total, add(w, test));
     }
     const float span = top(most);
     const F factor = set1(span > 0x1p-100f ? Int8::MOST / span : 0.0f);
@@ -507,7 +508,7 @@ template <class K> struct Worker {
 
   F cap(F x) const {  // soft_cap * tanh(x / soft_cap), by e**(2y); tanh is 1 from 15 on in float32
     if (call.soft_cap <= 0) return x;
-    const F y = vmax(vmin(div(x, set1(call.soft_cap)), set1(15.0f)), set1(-15.0f));
+    const F y = vmax(set1(-15.0f), vmin(set1(15.0f), div(x, set1(call.soft_cap))));  // in this order NaN stays NaN
     const F e = vexp(add(y, y));
     return mul(set1(call.soft_cap), div(sub(e, set1(1.0f)), add(e, set1(1.0f))));
   }

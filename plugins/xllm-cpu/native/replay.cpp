@@ -54,7 +54,7 @@ class Attentions {
     do next_++;
     while (next_ < count_ && calls_[next_].op != attention);
     if (next_ == count_) return xllm::set_next_attention(nullptr, nullptr, nullptr);
-    const uint64_t* of = calls_[next_].arguments;  // step, q, k, v, out
+    const uint64_t* of = calls_[next_].arguments;  // step, q, k, v, their steps, out
     xllm::set_next_attention(argument<const XllmAttention*>(of[0]), argument<const void*>(of[2]), argument<const void*>(of[3]));
   }
 

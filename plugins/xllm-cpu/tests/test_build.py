@@ -95,7 +95,7 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
     tests = [
         str(ROOT / "tests" / name)
         for name in (
-            "test_exactness.py", "test_hostile.py", "test_quantized.py", "test_blocks.py", "test_graphs.py", "test_sampler.py",
+            "test_exactness.py", "test_hostile.py", "test_int8_kv.py", "test_quantized.py", "test_blocks.py", "test_graphs.py", "test_sampler.py",
         )
     ]  # fmt: skip
     environment = {

@@ -1,4 +1,4 @@
-"""Paged attention over native kernels. What the kernel does, and its limits, stand in `native/attention.cpp`."""
+"""Paged attention over native kernels. What the kernel does, and its limits, stand in `native/attention_worker.h`."""
 
 from __future__ import annotations
 
