@@ -36,9 +36,9 @@ def test_a_known_prefix_is_not_waited_for(make_rig: MakeRig) -> None:
     after(rig, LONG, 0.2)
     own = 2
     rig.engine.submit(request("b", [*LONG[:-BLOCK], *[95] * own]))
-    assert patience_s(rig.engine) == pytest.approx(0.05 * 0.2 * own / len(LONG))
+    assert patience_s(rig.engine) == pytest.approx(0.02 * 0.2 * own / len(LONG))
     rig.engine.submit(request("c", [96] * len(LONG)))
-    assert patience_s(rig.engine) == pytest.approx(0.05 * 0.2), "no longer than the last step, however much is there"
+    assert patience_s(rig.engine) == pytest.approx(0.02 * 0.2), "no longer than the last step, however much is there"
 
 
 def test_it_ends_somewhere(make_rig: MakeRig) -> None:

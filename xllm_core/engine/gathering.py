@@ -6,7 +6,7 @@ from xllm_core.engine.engine import Engine
 from xllm_core.engine.predictor import seconds_of
 from xllm_core.engine.scheduler import Scheduler
 
-_SHARE = 0.05  # of the step that those who are there would take
+_SHARE = 0.02  # of the step that those who are there would take
 _MAX_S = 0.02
 
 
