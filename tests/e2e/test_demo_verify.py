@@ -30,6 +30,12 @@ def test_full_matrix_of_quantised_weights(demo_model: str, dtype: str, quantizat
 
 
 @pytest.mark.nightly
+def test_full_matrix_of_a_cache_in_8_bits(demo_model: str, dtype: str) -> None:
+    """`xllm verify --kv-cache-dtype int8`."""
+    check(Verifier(demo_model, dtype=dtype, num_blocks=4096, kv_cache_dtype="int8"))
+
+
+@pytest.mark.nightly
 def test_full_matrix_of_the_reference(demo_model: str, dtype: str) -> None:
     """The same where rows feel their neighbours and near ties are excused: an hour for each dtype on two cores."""
     check(Verifier(demo_model, dtype=dtype, num_blocks=4096, device="core/reference"))

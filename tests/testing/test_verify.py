@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core import LLM, SamplingParams
+from xllm_core.commands.verify import command
 from xllm_core.engine import build
 from xllm_core.engine.flight import Flight
 from xllm_core.engine.scheduler import Scheduler
@@ -53,6 +55,26 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
     idle = [row for row in report.rows if row.activity == 0 or row.num_tokens == 0]
     assert [row.feature for row in idle] == ["plugin's store", "graph replay"]
     assert "--use kv_store" in idle[0].not_applicable and "records no graphs" in idle[1].not_applicable
+
+
+def test_the_command_takes_what_a_cache_holds(model: str) -> None:
+    """As `serve` does. Killed by: flags of the cache that verify does not know, or leaves out."""
+    common = [
+        model,
+        "--quick",
+        "--row",
+        "batch mates",
+        "--dtype",
+        "float32",
+        "--device",
+        "core/reference",
+        "--num-blocks",
+        "256",
+    ]
+    done = CliRunner().invoke(command, [*common, "--kv-cache-dtype", "int8"])
+    assert done.exit_code == 0 and "passed" in done.output, done.output
+    refused = CliRunner().invoke(command, [*common, "--kv-cache-dtype", "int4"])
+    assert refused.exit_code != 0 and "'auto' or 'int8'" in str(refused.exception)
 
 
 @pytest.mark.parametrize("block_size", [32, 128])

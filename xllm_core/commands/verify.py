@@ -19,7 +19,7 @@ from xllm_core.config import click_options
 )
 @click.option("--row", "rows", multiple=True, help="Only this row. Repeatable.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object instead of a table.")
-@click_options("model", "device", "log")
+@click_options("model", "device", "kv", "log", without=("enable_prefix_cache",))
 def command(model: str, quick: bool, rows: tuple[str, ...], is_json: bool, **flags: Any) -> None:
     """Run MODEL with every feature on and off and compare the answers token by token.
 
