@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fixtures.bare_device import PARTS
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core import LLM, SamplingParams
 from xllm_core.config import Settings
@@ -37,13 +38,6 @@ def xllm_ops():
 @hookimpl
 def xllm_attention():
     yield AttentionSpec(name="paged", target=REFERENCE_ATTENTION, devices=KIND, dtypes=TYPES, features=frozenset(FEATURES))
-"""
-PARTS = """
-from dataclasses import replace
-from xllm_core.reference.device import ReferenceDevice
-class Bare(ReferenceDevice):
-    def facts(self):
-        return replace(super().facts(), kind="bare", name="a bare device")
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.bare_device import PARTS
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.config import Settings
 from xllm_core.errors import PluginError, ResolutionError
@@ -33,13 +34,8 @@ def xllm_attention():
 def xllm_models():
     yield ModelSpec(name="choosy", target="xllm_bare.parts:Choosy", architectures={"LlamaForCausalLM"}, rank=1)
 """
-PARTS = """
-from dataclasses import replace
+CHOOSY = """
 from xllm_core.models.llama import Llama
-from xllm_core.reference.device import ReferenceDevice
-class Bare(ReferenceDevice):
-    def facts(self):
-        return replace(super().facts(), kind="bare", name="a bare device")
 class Choosy(Llama):
     wanted = ("moe_experts",)
     def ops(self, config):
@@ -49,7 +45,7 @@ class Choosy(Llama):
 
 @pytest.fixture
 def assembled(make_dist: Callable[..., Path], tmp_path: Path) -> Callable[..., Assembly]:
-    make_dist("bare", PLUGIN, {"parts.py": PARTS})
+    make_dist("bare", PLUGIN, {"parts.py": PARTS + CHOOSY})
     model = str(make_tiny("llama", tmp_path))
 
     def run(**use: str) -> Assembly:

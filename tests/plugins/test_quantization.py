@@ -10,6 +10,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Kind
 
+from tests.fixtures.bare_device import PARTS
 from tests.fixtures.tiny_models import make_tiny
 from xllm_core.config import Settings
 from xllm_core.engine.build import build_engine, load_model, plan_geometry
@@ -38,13 +39,6 @@ def xllm_ops():
 @hookimpl
 def xllm_attention():
     yield AttentionSpec(name="paged", target=REFERENCE_ATTENTION, devices=KIND, dtypes=TYPES)
-"""
-PARTS = """
-from dataclasses import replace
-from xllm_core.reference.device import ReferenceDevice
-class Bare(ReferenceDevice):
-    def facts(self):
-        return replace(super().facts(), kind="bare", name="a bare device")
 """
 DEVICE = "core/reference"
 

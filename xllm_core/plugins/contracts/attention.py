@@ -36,11 +36,8 @@ class AttentionGeometry:
     def features(self) -> frozenset[str]:
         """Features a kernel must declare to be allowed here."""
         named = {"sliding_window": self.sliding_window is not None, "soft_cap": self.soft_cap is not None}
-        return frozenset(
-            name
-            for name, is_needed in (named | {f"{self.kv_dtype}_kv": self.kv_dtype is not None}).items()
-            if is_needed
-        )
+        named[f"{self.kv_dtype}_kv"] = self.kv_dtype is not None
+        return frozenset(name for name, is_needed in named.items() if is_needed)
 
 
 @dataclass(slots=True)

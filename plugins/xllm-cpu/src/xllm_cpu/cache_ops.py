@@ -52,43 +52,41 @@ class KvWrite:
 class RopeKvWrite:
     """`rope_kv_write`: keys are rotated on their way into the cache."""
 
+    _function = "rope_kv_write"
+
     def __init__(self, device: CpuDevice) -> None:
         self._native = device.native
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        caches: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor,
+        caches: tuple[torch.Tensor, ...], slots: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Returns q rotated."""
-        keys, values = caches
         cos, sin = _check_rotation(k, cos, sin)
         slots, q, k, v = slots.contiguous(), _heads(q), _heads(k), _heads(v)
-        _check_cache(k, keys, slots)
-        _check_cache(v, values, slots)
-        is_right = (
-            q.shape[::2] == k.shape[::2]
-            and q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
-            and keys.shape[:2] == values.shape[:2]
-        )
-        _check(
-            is_right,
-            "q, k, v and their caches must have the same tokens, head size, slots and dtype",
-            q,
-            k,
-            v,
-            keys,
-            values,
-        )
+        sizes = self._check_caches(k, v, caches, slots)
+        is_right = q.shape[::2] == k.shape[::2] and q.dtype == k.dtype == v.dtype
+        _check(is_right, "q, k and v must have the same tokens, head size and dtype", q, k, v)
         out = torch.empty(q.shape, dtype=q.dtype)
-        tokens, kv_heads, size = k.shape
-        num_slots = keys.shape[0] * keys.shape[1]
-        bad = self._native.rope_kv_write(
+        num_slots = caches[0].shape[0] * caches[0].shape[1]
+        bad = getattr(self._native, self._function)(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), slots.data_ptr(), tokens, q.shape[1], kv_heads, size, v.shape[1] * v.shape[2], cos.shape[1],
-            num_slots, _is_bf16(k),
+            *(cache.data_ptr() for cache in caches), slots.data_ptr(), k.shape[0], q.shape[1], k.shape[1], *sizes, cos.shape[1], num_slots,
+            _is_bf16(k),
         )  # fmt: skip
         _check_index(bad, "slot", slots, num_slots)
         return out
+
+    def _check_caches(
+        self, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], slots: torch.Tensor
+    ) -> tuple[int, ...]:
+        """Refuse those that do not fit; returns elements of a head's keys and of a token's values."""
+        keys, values = caches
+        _check_cache(k, keys, slots)
+        _check_cache(v, values, slots)
+        is_right = keys.shape[:2] == values.shape[:2] and k.dtype == keys.dtype == values.dtype
+        _check(is_right, "k, v and their caches must have the same slots and dtype", k, keys, values)
+        return k.shape[2], v.shape[1] * v.shape[2]
 
 
 def _check_codes(new: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, slots: torch.Tensor) -> None:
@@ -122,42 +120,27 @@ class KvWriteInt8:
             _check_index(bad, "slot", slots, num_slots)
 
 
-class RopeKvWriteInt8:
-    """`rope_kv_write_int8`: keys are rotated on their way into the cache."""
+class RopeKvWriteInt8(RopeKvWrite):
+    """`rope_kv_write_int8`: the same into codes of keys, of values, and steps of keys, of values."""
 
-    def __init__(self, device: CpuDevice) -> None:
-        self._native = device.native
+    _function = "rope_kv_write_int8"
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        caches: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], slots: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """Returns q rotated. caches: codes of keys, of values, steps of keys, of values."""
+    def _check_caches(
+        self, k: torch.Tensor, v: torch.Tensor, caches: tuple[torch.Tensor, ...], slots: torch.Tensor
+    ) -> tuple[int, ...]:
+        """Refuse those that do not fit; returns elements of a head."""
         keys, values, key_steps, value_steps = caches
-        cos, sin = _check_rotation(k, cos, sin)
-        slots, q, k, v = slots.contiguous(), _heads(q), _heads(k), _heads(v)
         _check_codes(k, keys, key_steps, slots)
         _check_codes(v, values, value_steps, slots)
-        is_right = q.shape[::2] == k.shape[::2] and k.shape == v.shape and keys.shape == values.shape
         _check(
-            is_right and q.dtype == k.dtype == v.dtype,
-            "q, k, v and their caches must have the same tokens, head size, slots and dtype",
-            q,
+            k.shape == v.shape and keys.shape == values.shape,
+            "k and v, and their caches, must be alike",
             k,
             v,
             keys,
             values,
         )
-        out = torch.empty(q.shape, dtype=q.dtype)
-        tokens, kv_heads, size = k.shape
-        num_slots = keys.shape[0] * keys.shape[1]
-        bad = self._native.rope_kv_write_int8(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), key_steps.data_ptr(), value_steps.data_ptr(), slots.data_ptr(), tokens, q.shape[1], kv_heads, size,
-            cos.shape[1], num_slots, _is_bf16(k),
-        )  # fmt: skip
-        _check_index(bad, "slot", slots, num_slots)
-        return out
+        return (k.shape[2],)
 
 
 class BlockCopy:
