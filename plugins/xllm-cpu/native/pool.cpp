@@ -4,11 +4,12 @@
 // holds and no more: nobody waits for a thread that has not come.
 #include "pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -58,8 +59,12 @@ struct Pool {
   std::mutex mutex;
   std::condition_variable wake;
 
+  // As many workers as the system gives. What would have been the part of one that it refused is taken by the others.
   explicit Pool(int workers) : ranges(static_cast<size_t>(workers) + 1) {
-    for (size_t i = 1; i < ranges.size(); i++) threads.emplace_back([this, i] { work(i); });
+    try {
+      for (size_t i = 1; i < ranges.size(); i++) threads.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error&) {
+    }
   }
 
   ~Pool() {
@@ -115,32 +120,38 @@ struct Pool {
   }
 };
 
-Pool* pool = nullptr;
-int wanted = 1;
-pid_t owner = 0;
+// One job at a time: engines of one process take turns, op by op.
+struct Shared {
+  std::mutex turn;  // held for a whole job
+  Pool* pool = nullptr;
+};
+Shared* shared = new Shared;
+std::atomic<int> wanted{1};
+
+// A forked child has none of its parent's threads, and perhaps a lock that one of them held.
+[[maybe_unused]] const int told_of_forks = pthread_atfork(nullptr, nullptr, [] { shared = new Shared; });
 
 }  // namespace
 
 int thread_index() { return index_of_thread; }
 
-int num_threads() { return wanted; }
+int num_threads() { return wanted.load(std::memory_order_relaxed); }
 
 void set_num_threads(int count) {
-  if (pool != nullptr && owner == getpid()) delete pool;
-  pool = nullptr;
-  wanted = count < 1 ? 1 : count;
+  std::lock_guard<std::mutex> lock(shared->turn);
+  delete shared->pool;
+  shared->pool = nullptr;
+  wanted.store(count < 1 ? 1 : count);
 }
 
 void parallel(int64_t count, void* context, Piece piece) {
-  if (wanted == 1) {
+  if (num_threads() == 1) {
     for (int64_t i = 0; i < count; i++) piece(context, i);
     return;
   }
-  if (pool == nullptr || owner != getpid()) {  // a forked child has none of its parent's threads
-    pool = new Pool(wanted - 1);
-    owner = getpid();
-  }
-  pool->run(count, context, piece);
+  std::lock_guard<std::mutex> lock(shared->turn);
+  if (shared->pool == nullptr) shared->pool = new Pool(num_threads() - 1);
+  shared->pool->run(count, context, piece);
 }
 
 }  // namespace xllm

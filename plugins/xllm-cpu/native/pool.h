@@ -7,7 +7,8 @@ namespace xllm {
 
 using Piece = void (*)(void* context, int64_t piece);
 
-// Run `piece(context, 0 .. count - 1)` on the caller and the pool's threads; returns when all are done. One caller at a time.
+// Run `piece(context, 0 .. count - 1)` on the caller and the pool's threads; returns when all are done. Callers take
+// turns; a piece must not call it.
 void parallel(int64_t count, void* context, Piece piece);
 
 // Which of a job's threads this one is: 0 for the caller, from 1 on for the pool's.

@@ -178,6 +178,8 @@ class Row {
 using namespace xllm;
 
 int xllm_sample(float* logits, int64_t rows, int64_t vocab, const XllmSampling* sampling, int64_t* out) {
+  for (int64_t row = 0; sampling->temperature != nullptr && row < rows; row++)
+    if (!(sampling->temperature[row] >= 0.0f)) return static_cast<int>(row + 1);
   parallel_for(rows, [&](int64_t row) {
     float* x = logits + row * vocab;
     const bool is_greedy = sampling->temperature == nullptr || sampling->temperature[row] == 0.0f;

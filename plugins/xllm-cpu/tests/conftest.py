@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.isa import runnable
+from xllm_cpu.isa import NEEDS, runnable, why_not
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which paths were run, and why not the others: a suite that is green says nothing about those."""
+    terminalreporter.write_line(f"instruction sets tested: {', '.join(runnable()) or 'none'}")
+    for isa in NEEDS:
+        if reason := why_not(isa):
+            terminalreporter.write_line(f"not tested: {isa}: {reason}")
 
 
 @pytest.fixture(params=runnable() or ["none"])

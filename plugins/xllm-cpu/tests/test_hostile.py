@@ -10,9 +10,11 @@ import torch
 from xllm_cpu.attention import PagedAttention
 from xllm_cpu.cache_ops import BlockCopy, KvWrite, KvWriteInt8, RopeKvWrite, RopeKvWriteInt8
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.ops import AddRmsNorm, Embedding, Linear, RmsNorm, Rope, SiluMul
+from xllm_cpu.ops import AddRmsNorm, Embedding, Linear, LinearSiluMul, RmsNorm, Rope, SiluMul
+from xllm_cpu.quantized import LinearBlocks, LinearInt8
+from xllm_cpu.sampler import NativeSampler
 
-from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSegments
+from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSegments, SamplingBatch
 
 T = torch.randn
 SLOTS = torch.tensor([0, 1])
@@ -27,6 +29,10 @@ def linear(device: CpuDevice, x: torch.Tensor) -> Any:
     return op(x, op.prepare(T(4, 6), None))
 
 
+def foreign(device: CpuDevice, op: Any) -> Any:
+    return op(T(2, 6), Linear(device).prepare(T(4, 6), None))
+
+
 def codes(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int8)
 
@@ -37,11 +43,18 @@ CALLS: dict[str, tuple[Callable[[CpuDevice], Any], type[Exception], str]] = {
     "linear, width": (lambda d: linear(d, T(2, 5)), ValueError, r"x must be \[T, 6\]"),
     "linear, dtype": (lambda d: linear(d, T(2, 6).bfloat16()), ValueError, "x must be"),
     "linear, half": (lambda d: Linear(d).prepare(T(4, 6).half(), None), TypeError, "neither float32 nor bfloat16"),
+    "linear, elsewhere": (lambda d: linear(d, T(2, 6, device="meta")), ValueError, r"on the CPU: \(2, 6\) torch.float32 is on meta"),
+    "linear, weight elsewhere": (lambda d: Linear(d).prepare(T(4, 6, device="meta"), None), ValueError, "is on meta"),
+    "linear, weight": (lambda d: Linear(d).prepare(T(4, 6, 2), None), ValueError, r"must be \[out, in\]"),
+    "linear_silu_mul, odd": (lambda d: LinearSiluMul(d).prepare(T(5, 6), None), ValueError, r"together \[2I, in\]"),
+    "linear_int8, foreign": (lambda d: foreign(d, LinearInt8(d)), ValueError, "LinearInt8 was given what another op has packed"),
+    "linear_blocks, foreign": (lambda d: foreign(d, LinearBlocks(d)), ValueError, "what another op has packed"),
     "embedding, high": (lambda d: Embedding(d)(ids(0, 3), T(3, 4)), IndexError, r"token id 3 at 1 is outside 0 .. 2"),
     "embedding, low": (lambda d: Embedding(d)(ids(-1), T(3, 4)), IndexError, "token id -1 at 0"),
     "embedding, type": (lambda d: Embedding(d)(torch.tensor([0], dtype=torch.int32), T(3, 4)), ValueError, "int64"),
     "rms_norm, weight": (lambda d: RmsNorm(d)(T(2, 8), T(7), 1e-5), ValueError, r"weight must be \[H\]"),
     "add_rms_norm, residual": (lambda d: AddRmsNorm(d)(T(2, 8), T(3, 8), T(8), 1e-5), ValueError, "residual"),
+    "rms_norm, elsewhere": (lambda d: RmsNorm(d)(T(2, 8, device="meta"), T(8), 1e-5), ValueError, "is on meta"),
     "silu_mul, odd": (lambda d: SiluMul(d)(T(2, 7)), ValueError, "2I"),
     "rope, tokens": (lambda d: Rope(d)(T(2, 1, 8), T(2, 1, 8), T(1, 8), T(1, 8)), ValueError, "cos and sin"),
     "rope, too wide": (lambda d: Rope(d)(T(2, 1, 8), T(2, 1, 8), T(2, 10), T(2, 10)), ValueError, "at most D"),
@@ -80,6 +93,26 @@ def test_refused(device: CpuDevice, name: str) -> None:
         call(device)
 
 
+def test_a_norm_of_a_strided_weight(device: CpuDevice, dtype: torch.dtype) -> None:
+    """Every other number of a longer one, made contiguous for the call. Dies if that copy is gone before the kernel reads it."""
+    x, residual, weight = (T(*shape).to(dtype) for shape in ((3, 4096), (3, 4096), (8192,)))
+    strided = weight[::2]
+    for _ in range(20):
+        assert torch.equal(RmsNorm(device)(x, strided, 1e-5), RmsNorm(device)(x, strided.clone(), 1e-5))
+        found, expected = (AddRmsNorm(device)(x, residual, w, 1e-5) for w in (strided, strided.clone()))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+def test_a_temperature_that_is_none(device: CpuDevice, temperature: float) -> None:
+    """By row; the rows before it may be chosen already, nothing is written outside."""
+    one = torch.ones(2, dtype=torch.int64)
+    columns = {"temperature": torch.tensor([0.5, temperature]), "top_k": one * 3, "top_p": None, "min_p": None}
+    batch = SamplingBatch(**columns, seeds=one, indices=one, positions=one, is_all_greedy=False)
+    with pytest.raises(ValueError, match="of row 1 must be 0 or more"):
+        NativeSampler(device).sample(T(2, 100), batch)
+
+
 def layout(query: int, kv: int, *blocks: int) -> BatchLayout:
     return BatchLayout(
         *(torch.tensor(v, dtype=torch.int32) for v in ([query], [kv], [0, query])),
@@ -106,6 +139,40 @@ def test_attention_refuses_what_does_not_fit(device: CpuDevice) -> None:
     ):
         with pytest.raises(ValueError, match="must be"):
             kernel.run(q, KVSegments(own=own), plan, T(*q.shape).to(q.dtype))
+
+
+def test_a_replay_reads_no_block_that_is_not_there(device: CpuDevice) -> None:
+    """What is laid out for a replay is checked against the cache that it was recorded with. Dies, with the process, where only the first step is."""
+    kernel = PagedAttention(device, AttentionGeometry(2, 1, 8, scale=1.0, block_size=4, dtype="float32"))
+    plan = kernel.graph_plan(2, 4)
+    kernel.refill(plan, layout(1, 8, 0, 2))
+    q, cache, out = T(2, 2, 8), KVSegments(own=(T(3, 4, 1, 8), T(3, 4, 1, 8))), torch.empty(2, 2, 8)
+
+    def step() -> torch.Tensor:
+        kernel.run(q, cache, plan, out)
+        return out
+
+    graph, _ = device.capture(step, 2)
+    expected = out[:1].clone()
+    with pytest.raises(IndexError, match="a table names block 50000000, the cache has 3; nothing was laid out"):
+        kernel.refill(plan, layout(1, 8, 0, 50_000_000))
+    graph.replay(1)  # of nothing
+    kernel.refill(plan, layout(1, 8, 0, 2))
+    out.zero_()
+    graph.replay(1)
+    assert torch.equal(out[:1], expected)
+
+
+def test_geometries_and_layouts_that_make_no_sense(device: CpuDevice) -> None:
+    """Heads that cannot be shared out, and numbers that 32 bits would cut."""
+    for heads, kv_heads in ((1, 2), (5, 2), (2, 0)):
+        with pytest.raises(ConfigError, match="are not shared out equally"):
+            PagedAttention(device, AttentionGeometry(heads, kv_heads, 8, scale=1.0, block_size=4, dtype="float32"))
+    kernel = PagedAttention(device, AttentionGeometry(2, 1, 8, scale=1.0, block_size=4, dtype="float32"))
+    batch = layout(1, 8, 0, 1)
+    batch.block_tables = batch.block_tables.to(torch.int64) + 2**32
+    with pytest.raises(ValueError, match="must be int32"):
+        kernel.plan(batch)
 
 
 def test_attention_refuses_codes_that_do_not_fit(device: CpuDevice) -> None:

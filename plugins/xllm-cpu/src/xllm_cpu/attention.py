@@ -11,6 +11,8 @@ from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSeg
 from xllm_cpu.device import CpuDevice
 from xllm_cpu.native import AttentionStep
 
+_ANY = 2**63 - 1  # blocks, of a plan that no cache was used with yet
+_TOO_HIGH = -3
 MOST_INT8_HEAD = 512  # elements whose products with 16-bit queries fit 32 bits in any case
 
 
@@ -39,6 +41,10 @@ class PagedAttention:
         self._native, self._geometry = device.native, geometry
         self._dtype = torch.bfloat16 if geometry.dtype == "bfloat16" else torch.float32
         self._cached = torch.int8 if geometry.kv_dtype == "int8" else self._dtype
+        if geometry.num_kv_heads < 1 or geometry.num_heads % geometry.num_kv_heads or geometry.num_heads < 1:
+            raise ConfigError(
+                f"cpu/paged wants as many query heads for each KV head: {geometry.num_heads} are not shared out equally among {geometry.num_kv_heads}"
+            )
         if geometry.kv_dtype == "int8" and geometry.head_size > MOST_INT8_HEAD:
             raise ConfigError(
                 f"[kv] cache_dtype = 'int8': cpu/paged takes heads of up to {MOST_INT8_HEAD} so, this model has {geometry.head_size}; use auto"
@@ -69,7 +75,7 @@ class PagedAttention:
         kept = starts, kv_lens, tables, tasks = tuple(torch.empty(shape, dtype=torch.int32) for shape in shapes)
         step = AttentionStep(
             query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr(), tables=tables.data_ptr(), tasks=tasks.data_ptr(),
-            table_width=max_blocks, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
+            table_width=max_blocks, num_blocks=_ANY, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
             head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
             soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16), is_int8=int(self._cached == torch.int8),
         )  # fmt: skip
@@ -81,6 +87,10 @@ class PagedAttention:
         found = -2
         if plan.given:
             found = self._native.attention_lay_out(plan.address, *plan.given, plan.max_rows, plan.max_tokens, is_decode)
+        if found <= _TOO_HIGH:
+            raise IndexError(
+                f"a table names block {_TOO_HIGH - found}, the cache has {plan.step.num_blocks}; nothing was laid out"
+            )
         if found < -1:
             starts, kv_lens, tables = plan.read
             raise ValueError(
@@ -93,7 +103,12 @@ class PagedAttention:
     @staticmethod
     def _look_into(plan: Plan, batch: BatchLayout) -> None:
         tensors = (batch.query_starts, batch.kv_lens, batch.block_tables)
-        plan.read = starts, kv_lens, tables = tuple(t.to(torch.int32).contiguous() for t in tensors)
+        if not all(t.dtype == torch.int32 and t.is_cpu for t in tensors):
+            raise ValueError(
+                f"query starts, KV lengths and tables must be int32 on the CPU, they are {[t.dtype for t in tensors]} on"
+                f" {[str(t.device) for t in tensors]}"
+            )
+        plan.read = starts, kv_lens, tables = tuple(t.contiguous() for t in tensors)
         num_rows, width = tables.shape
         fits = len(starts) == num_rows + 1 and len(kv_lens) == num_rows
         plan.given = (starts.data_ptr(), kv_lens.data_ptr(), tables.data_ptr(), num_rows, width) if fits else ()
@@ -113,11 +128,12 @@ class PagedAttention:
             not is_right
             or not {t.dtype for t in (q, out)} == {self._dtype}
             or not {t.dtype for t in (k, v)} == {self._cached}
-            or not all(t.is_contiguous() for t in kv.own)
+            or not all(t.is_contiguous() and t.is_cpu for t in kv.own)
+            or not (q.is_cpu and out.is_cpu)
         ):
             raise ValueError(
                 f"q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} must be {shape} {self._dtype} and (blocks, *{slot}) {self._cached},"
-                " contiguous"
+                " contiguous, on the CPU"
             )
         has_steps = [step.shape == k.shape[:3] and step.dtype == torch.float32 for step in steps]
         if has_steps != [True] * (2 if self._cached == torch.int8 else 0):
@@ -127,6 +143,8 @@ class PagedAttention:
             )
         if plan.highest_block >= len(k):
             raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
+        if len(k) < plan.step.num_blocks:
+            plan.step.num_blocks = len(k)  # what is laid out for a replay is checked against it
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         k_steps, v_steps = (step.data_ptr() for step in steps) if steps else (None, None)

@@ -30,6 +30,7 @@ _ROWS_AT: Mapping[str, int | None] = {
     "add": 3, "experts": 7, "linear_int8": 5, "linear_blocks": 5, "packed_rows": 3, "kv_write_int8": 5, "rope_kv_write_int8": 14,
 }  # fmt: skip
 _SEGMENT_BYTES = 8 << 20
+_ONE_AT_A_TIME = threading.Lock()
 _LINE = 64
 
 
@@ -222,11 +223,12 @@ def capture(
     native: Library, arena: Arena, run: Callable[[], torch.Tensor], max_rows: int
 ) -> tuple[CpuGraph, torch.Tensor]:
     """As `GraphDevice.capture`."""
-    arena.begin()
-    recorder = Recorder(native, arena)
-    try:
-        with recorder:
-            result = run()
-    finally:
-        recorder.stop()
-    return CpuGraph(native, recorder.calls, max_rows, arena.num_bytes), result
+    with _ONE_AT_A_TIME:  # a recorder stands in for functions that every engine of the process calls
+        arena.begin()
+        recorder = Recorder(native, arena)
+        try:
+            with recorder:
+                result = run()
+        finally:
+            recorder.stop()
+        return CpuGraph(native, recorder.calls, max_rows, arena.num_bytes), result

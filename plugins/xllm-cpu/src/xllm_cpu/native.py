@@ -58,7 +58,7 @@ class AttentionStep(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("query_starts", "kv_lens", "tables", "tasks")),
-        *((name, _I64) for name in ("num_tasks", "table_width")),
+        *((name, _I64) for name in ("num_tasks", "table_width", "num_blocks")),
         *((name, _I32) for name in ("num_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "window")),
         *((name, _F32) for name in ("scale", "soft_cap")),
         *((name, _I32) for name in ("is_bf16", "is_int8", "max_kv_len")),

@@ -27,8 +27,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check(is_right: bool, what: str, *tensors: torch.Tensor) -> None:
+    """All tensors of a call but those that it makes: kernels follow their pointers."""
     if not is_right:
         raise ValueError(f"{what}: {', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tensors)}")
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            raise ValueError(f"{what}, on the CPU: {tuple(tensor.shape)} {tensor.dtype} is on {tensor.device}")
 
 
 def _check_index(bad: int, what: str, values: torch.Tensor, limit: int) -> None:
@@ -59,6 +63,11 @@ class Linear(Kept):
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
         """Pack; the tensors given are not kept."""
+        _check(
+            weight.dim() == 2 and (weight.shape[0] % 2 == 0 or not self._fuses),
+            "a weight must be [out, in], and gate and up together [2I, in]",
+            weight,
+        )
         n, k, is_bf16, native = *weight.shape, _is_bf16(weight), self._native
         weight = weight.contiguous()
         packed = self._allocate(native.packed_elements(n, k, is_bf16, self._fuses), weight.dtype)
@@ -238,9 +247,10 @@ class RmsNorm:
         size = x.shape[-1]
         _check(weight.shape == (size,) and weight.dtype == x.dtype, "weight must be [H] like x", x, weight)
         flat = x if x.dim() == 2 and x.stride(-1) == 1 else x.reshape(-1, size).contiguous()
+        weight = weight.contiguous()  # held until the call is over
         out = torch.empty(x.shape, dtype=x.dtype)
         self._native.rms_norm(
-            flat.data_ptr(), flat.stride(0), weight.contiguous().data_ptr(), eps, out.data_ptr(), flat.shape[0], size, _is_bf16(x)
+            flat.data_ptr(), flat.stride(0), weight.data_ptr(), eps, out.data_ptr(), flat.shape[0], size, _is_bf16(x)
         )  # fmt: skip
         return out
 
@@ -255,7 +265,7 @@ class AddRmsNorm:
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual: [T, H]. Returns (norm of the sum, the sum)."""
-        x, residual = x.contiguous(), residual.contiguous()
+        x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
         is_right = (
             x.dim() == 2
             and x.shape == residual.shape
@@ -265,7 +275,7 @@ class AddRmsNorm:
         _check(is_right, "x and residual must be [T, H], weight [H], of one dtype", x, residual, weight)
         total, out = torch.empty_like(x), torch.empty_like(x)
         self._native.add_rms_norm(
-            x.data_ptr(), residual.data_ptr(), weight.contiguous().data_ptr(), eps, total.data_ptr(), out.data_ptr(), *x.shape, _is_bf16(x)
+            x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, total.data_ptr(), out.data_ptr(), *x.shape, _is_bf16(x)
         )  # fmt: skip
         return out, total
 

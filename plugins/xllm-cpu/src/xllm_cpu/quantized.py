@@ -28,6 +28,8 @@ class _OverBytes(Linear, ABC):
     def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
         """x: [T, in]. Returns [T, out]."""
         n, k = prepared.out_features, prepared.in_features
+        is_own = type(prepared) is self._prepared_type and prepared.weight.dtype == torch.uint8
+        _check(is_own, f"{type(self).__name__} was given what another op has packed", prepared.weight)
         _check(x.dim() == 2 and x.shape[1] == k, f"x must be [T, {k}]", x)
         is_bf16, x = _is_bf16(x), _rows(x)
         dtype = torch.float32 if self._is_wide else x.dtype

@@ -25,8 +25,10 @@ class NativeSampler:
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """logits: [S, V] float32, overwritten. Returns [S] int64, as it is until the next call. Raises ValueError for columns that do not fit."""
         num_rows, vocab_size = logits.shape if logits.dim() == 2 else (0, 0)
-        if logits.dtype != torch.float32 or vocab_size == 0:
-            raise ValueError(f"logits must be [S, V] float32, they are {tuple(logits.shape)} {logits.dtype}")
+        if logits.dtype != torch.float32 or vocab_size == 0 or not logits.is_cpu:
+            raise ValueError(
+                f"logits must be [S, V] float32 on the CPU, they are {tuple(logits.shape)} {logits.dtype}, {logits.device}"
+            )
         if not logits.is_contiguous():
             logits = logits.contiguous()
         kept: dict[str, torch.Tensor] = {}
@@ -42,7 +44,8 @@ class NativeSampler:
         if found is None:  # kept: behind a step a call into torch takes longer than one row's choice
             tokens = torch.empty(num_rows, dtype=torch.int64)
             found = self._room[num_rows] = tokens, tokens.data_ptr()
-        self._native.sample(logits.data_ptr(), num_rows, vocab_size, ctypes.addressof(columns), found[1])
+        if bad := self._native.sample(logits.data_ptr(), num_rows, vocab_size, ctypes.addressof(columns), found[1]):
+            raise ValueError(f"temperature {float(kept['temperature'][bad - 1])} of row {bad - 1} must be 0 or more")
         return found[0]
 
 

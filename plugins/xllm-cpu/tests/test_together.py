@@ -1,0 +1,117 @@
+"""Several engines in one process share the threads of one library: each says what it says alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from xllm_cpu.device import CpuDevice
+from xllm_cpu.ops import Linear, MoeExperts
+
+from xllm_core import LLM, SamplingParams
+from xllm_core.testing.tiny import tiny_config, write_tiny
+
+SECONDS = 1.0
+PROMPTS = [{"prompt_token_ids": [1 + (i * 7 + j) % 120 for j in range(3 + 5 * i)]} for i in range(8)]
+PARAMS = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+
+
+def at_once(*jobs: Callable[[], bool]) -> list[int]:
+    """Each job again and again, on a thread of its own; how many times each was right. All fail if one is wrong."""
+    until, num_right, wrong = time.monotonic() + SECONDS, [0] * len(jobs), []
+
+    def repeat(i: int) -> None:
+        try:
+            while time.monotonic() < until:
+                if not jobs[i]():
+                    wrong.append(f"job {i} after {num_right[i]} times")
+                    return
+                num_right[i] += 1
+        except (ValueError, IndexError, RuntimeError, AttributeError) as error:
+            wrong.append(f"job {i}: {error!r}")
+
+    threads = [threading.Thread(target=repeat, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    return num_right
+
+
+def test_ops_of_several_threads(device: CpuDevice) -> None:
+    """Products and experts, while somebody sets the number of threads. Dies if jobs overlap, or threads are joined within one."""
+    device.set_num_threads(2)
+    linear, experts = Linear(device), MoeExperts(device)
+    weight = linear.prepare(torch.randn(512, 256), None)
+    packed = experts.prepare(torch.randn(8, 64, 32), torch.randn(8, 32, 32))
+    x, ids, weights = torch.randn(64, 256), torch.randint(0, 8, (40, 2)), torch.rand(40, 2)
+
+    def send(some: torch.Tensor) -> torch.Tensor:
+        return experts(some, ids, weights, torch.zeros(8, dtype=torch.int64), packed)
+
+    few = [torch.randn(40, 32) for _ in range(2)]
+    expected, sent = linear(x, weight), [send(some) for some in few]
+
+    def set_threads() -> bool:
+        device.set_num_threads(2)
+        time.sleep(0.005)
+        return True
+
+    num_right = at_once(
+        lambda: torch.equal(linear(x, weight), expected),
+        lambda: torch.equal(linear(x, weight), expected),
+        lambda: torch.equal(send(few[0]), sent[0]),
+        lambda: torch.equal(send(few[1]), sent[1]),
+        set_threads,
+    )
+    assert min(num_right) > 0
+
+
+@pytest.mark.parametrize("has_graphs", [True, False])
+def test_two_engines_at_once(has_graphs: bool, tmp_path: Path) -> None:
+    """On a thread each, and a third one made beside them that records its own graphs. Dies if one records what another calls."""
+    model = str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path))
+
+    def engine() -> LLM:
+        return LLM(model, device="cpu/cpu", graphs=has_graphs, num_blocks=256, max_num_seqs=8, num_threads=2)
+
+    def ask(llm: LLM) -> list[list[int]]:
+        return [list(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+    def ask_another() -> bool:
+        with engine() as another:
+            return ask(another) == expected
+
+    with engine() as first, engine() as second:
+        expected = ask(first)
+        num_right = at_once(lambda: ask(first) == expected, lambda: ask(second) == expected, ask_another)
+    assert min(num_right) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room for threads is bounded as Linux does it")
+def test_threads_that_the_system_refuses() -> None:
+    """With room for the stacks of a few of 1,000 threads, jobs go on with those few. Dies, with the process, if the refusal is not caught."""
+    code = (
+        "import resource, torch\n"
+        "from xllm_cpu.device import CpuDevice\n"
+        "from xllm_cpu.ops import Linear\n"
+        "device = CpuDevice(0)\n"
+        "linear, x = Linear(device), torch.randn(200, 64)\n"
+        "weight = linear.prepare(torch.randn(640, 64), None)\n"
+        "expected = linear(x, weight)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (400 << 20),) * 2)\n"
+        "device.set_num_threads(1000)\n"
+        "assert torch.equal(linear(x, weight), expected)\n"
+        "num_threads = len(__import__('os').listdir('/proc/self/task'))\n"
+        "assert 2 < num_threads < 1000, num_threads\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
