@@ -91,20 +91,20 @@ struct XllmAttention {
   int32_t* kv_lens;       // [R]
   int32_t* tables;        // [R][table_width]
   int32_t* tasks;
-  int64_t num_tasks, table_width, num_blocks;  // num_blocks: of the smallest cache that it is used with
+  int64_t num_tasks, table_width, highest_block;  // highest_block: in any table, -1 for none
   int32_t num_rows, num_heads, num_kv_heads, head_size, block_size, window;  // window: 0 for none
   float scale, soft_cap;                                                     // soft_cap: 0 for none
   int32_t is_bf16, is_int8, max_kv_len;                                      // is_int8: the cache; is_bf16: q and out, and the cache otherwise
 };
 // A batch into the arrays of `step`, which have room for max_rows rows, max_tokens new tokens, table_width columns, and max_tokens * num_kv_heads tasks.
-// tables: [num_rows][width]. is_decode: every row has one new token. Returns the highest block that is named, -1 for none. -2 for lengths that fit
-// neither each other nor the room, and -3 less the highest block where the caches have fewer: then there is nothing to do in `step`.
+// tables: [num_rows][width]. is_decode: every row has one new token. Returns the highest block that is named, -1 for none; -2 for lengths that fit
+// neither each other nor the room, and then `step` is as it was.
 XLLM_API int64_t xllm_attention_lay_out(
     XllmAttention* step, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* tables, int64_t num_rows, int64_t width, int64_t max_rows,
     int64_t max_tokens, int is_decode);
-// q, out: [T][H][D], k, v: [B][S][G][D]; of codes also their steps, [B][S][G], with D up to 512.
+// q, out: [T][H][D], k, v: [B][S][G][D]; of codes also their steps, [B][S][G], with D up to 512. num_blocks: B; 1 is returned where a table names more.
 XLLM_API int xllm_attention(
-    const XllmAttention* step, const void* q, const void* k, const void* v, const float* k_steps, const float* v_steps, void* out);
+    const XllmAttention* step, const void* q, const void* k, const void* v, const float* k_steps, const float* v_steps, void* out, int64_t num_blocks);
 
 // Token choice for rows of logits [rows][vocab], which are overwritten. Columns of [rows], null where no row uses the feature: temperature (0 greedy;
 // null: all are; refused below 0), top_k (0 off), top_p (1 off), min_p (0 off). seeds, indices, positions: arguments of the noise; unread for greedy rows.

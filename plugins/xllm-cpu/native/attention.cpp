@@ -92,8 +92,7 @@ using namespace xllm;
 int64_t xllm_attention_lay_out(
     XllmAttention* step, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* tables, int64_t num_rows, int64_t width, int64_t max_rows,
     int64_t max_tokens, int is_decode) {
-  constexpr int64_t UNFIT = -2, TOO_HIGH = -3;
-  step->num_rows = 0, step->num_tasks = 0;
+  constexpr int64_t UNFIT = -2;
   if (num_rows > max_rows || width > step->table_width || query_starts[0] != 0 || query_starts[num_rows] > max_tokens) return UNFIT;
   int32_t longest = 0;
   for (int64_t row = 0; row < num_rows; row++) {
@@ -103,17 +102,17 @@ int64_t xllm_attention_lay_out(
   }
   int32_t highest = -1;
   for (int64_t i = 0; i < num_rows * width; i++) highest = std::max(highest, tables[i]);
-  if (highest >= step->num_blocks) return TOO_HIGH - highest;
   std::copy(query_starts, query_starts + num_rows + 1, step->query_starts);
   std::copy(kv_lens, kv_lens + num_rows, step->kv_lens);
   for (int64_t row = 0; row < num_rows; row++) std::copy(tables + row * width, tables + (row + 1) * width, step->tables + row * step->table_width);
-  step->num_rows = static_cast<int32_t>(num_rows), step->max_kv_len = longest;
+  step->num_rows = static_cast<int32_t>(num_rows), step->max_kv_len = longest, step->highest_block = highest;
   step->num_tasks = lay_out_tasks(*step);
   return highest;
 }
 
 int xllm_attention(
-    const XllmAttention* step, const void* q, const void* k, const void* v, const float* k_steps, const float* v_steps, void* out) {
+    const XllmAttention* step, const void* q, const void* k, const void* v, const float* k_steps, const float* v_steps, void* out, int64_t num_blocks) {
+  if (step->highest_block >= num_blocks) return 1;
   const Layer layer{*step, q, k, v, k_steps, v_steps, out};
   if (layer.is_int8) run<Int8>(layer);
   else if (layer.is_bf16) run<Plain<Bf16>>(layer);

@@ -11,8 +11,6 @@ from xllm_core.plugins import AttentionGeometry, BatchLayout, ConfigError, KVSeg
 from xllm_cpu.device import CpuDevice
 from xllm_cpu.native import AttentionStep
 
-_ANY = 2**63 - 1  # blocks, of a plan that no cache was used with yet
-_TOO_HIGH = -3
 MOST_INT8_HEAD = 512  # elements whose products with 16-bit queries fit 32 bits in any case
 
 
@@ -75,7 +73,7 @@ class PagedAttention:
         kept = starts, kv_lens, tables, tasks = tuple(torch.empty(shape, dtype=torch.int32) for shape in shapes)
         step = AttentionStep(
             query_starts=starts.data_ptr(), kv_lens=kv_lens.data_ptr(), tables=tables.data_ptr(), tasks=tasks.data_ptr(),
-            table_width=max_blocks, num_blocks=_ANY, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
+            table_width=max_blocks, highest_block=-1, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
             head_size=geometry.head_size, block_size=geometry.block_size, window=geometry.sliding_window or 0, scale=geometry.scale,
             soft_cap=geometry.soft_cap or 0.0, is_bf16=int(self._dtype == torch.bfloat16), is_int8=int(self._cached == torch.int8),
         )  # fmt: skip
@@ -87,10 +85,6 @@ class PagedAttention:
         found = -2
         if plan.given:
             found = self._native.attention_lay_out(plan.address, *plan.given, plan.max_rows, plan.max_tokens, is_decode)
-        if found <= _TOO_HIGH:
-            raise IndexError(
-                f"a table names block {_TOO_HIGH - found}, the cache has {plan.step.num_blocks}; nothing was laid out"
-            )
         if found < -1:
             starts, kv_lens, tables = plan.read
             raise ValueError(
@@ -141,15 +135,12 @@ class PagedAttention:
                 f"{len(steps)} tensors of steps {[tuple(step.shape) for step in steps]} beside k {tuple(k.shape)} {k.dtype}: of int8 there are two,"
                 " [B, S, G] float32, of others none"
             )
-        if plan.highest_block >= len(k):
-            raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
-        if len(k) < plan.step.num_blocks:
-            plan.step.num_blocks = len(k)  # what is laid out for a replay is checked against it
         q = q.contiguous()
         target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         k_steps, v_steps = (step.data_ptr() for step in steps) if steps else (None, None)
-        self._native.attention(
-            plan.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), k_steps, v_steps, target.data_ptr()
-        )
+        if self._native.attention(
+            plan.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), k_steps, v_steps, target.data_ptr(), len(k)
+        ):
+            raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
         if target is not out:
             out.copy_(target)

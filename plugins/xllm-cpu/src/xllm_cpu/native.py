@@ -43,7 +43,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "block_copy": (_I32, [_P, _P, _P, _I64, _I64, _I64, _P]),
     "populate": (None, [_P, _I64]),
     "attention_lay_out": (_I64, [*[_P] * 4, *[_I64] * 4, _I32]),
-    "attention": (_I32, [_P] * 7),
+    "attention": (_I32, [*[_P] * 7, _I64]),
     "add": (_I32, [_P, _P, _P, _I64, _I64, _I32]),
     "sample": (_I32, [_P, _I64, _I64, _P, _P]),
     "replay_op": (_I32, [ctypes.c_char_p]),
@@ -58,7 +58,7 @@ class AttentionStep(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("query_starts", "kv_lens", "tables", "tasks")),
-        *((name, _I64) for name in ("num_tasks", "table_width", "num_blocks")),
+        *((name, _I64) for name in ("num_tasks", "table_width", "highest_block")),
         *((name, _I32) for name in ("num_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "window")),
         *((name, _F32) for name in ("scale", "soft_cap")),
         *((name, _I32) for name in ("is_bf16", "is_int8", "max_kv_len")),
