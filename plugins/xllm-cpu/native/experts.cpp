@@ -12,7 +12,7 @@
 namespace xllm {
 namespace {
 
-template <class T> struct Room {  // kept from call to call; one caller at a time, as for all of the pool
+template <class T> struct Room {  // kept by its thread from call to call
   std::vector<T> x, inner, out;
 };
 
@@ -33,7 +33,8 @@ void run(
     const typename E::T* x, const int64_t* ids, const float* weights, int64_t* counts, const typename E::T* gate_up, const typename E::T* down,
     typename E::T* out, int64_t tokens, int64_t top_k, int64_t num_experts, int64_t hidden, int64_t inner) {
   using T = typename E::T;
-  static Room<T> room;
+  thread_local Room<T> kept;
+  Room<T>& room = kept;  // the caller's, for all threads that help
   const int64_t ldx = round_up(hidden, E::P), ldi = round_up(inner, E::P);
   std::vector<int64_t> starts(static_cast<size_t>(num_experts + 1)), place(static_cast<size_t>(tokens * top_k));
   for (int64_t i = 0; i < tokens * top_k; i++)
