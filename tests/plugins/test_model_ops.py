@@ -87,7 +87,7 @@ def test_a_worker_that_needs_more_than_the_plan_has_refuses(
     assert assembly_of(plan).plan is plan
     monkeypatch.setattr(Choosy, "wanted", MODEL_OPS)
     with pytest.raises(
-        PluginError, match="bare/choosy asks here for the ops linear_float32, which the plan does not have"
+        PluginError, match="bare/choosy asks here for the ops linear_float32, moe_route, which the plan does not have"
     ):
         assembly_of(plan)
 

@@ -1,4 +1,4 @@
-"""`moe_experts` and `linear_float32` against sums written out token by token."""
+"""`moe_route`, `moe_experts` and `linear_float32` against what they mean, written out token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xllm_core.errors import ConfigError, ResolutionError
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.resolve import Resolver
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.reference.ops import LinearFloat32, MoeExperts, lacks_grouped_mm
+from xllm_core.reference.ops import LinearFloat32, MoeExperts, MoeRoute, lacks_grouped_mm
 
 DEVICE = ReferenceDevice(0)
 NUM_EXPERTS, HIDDEN, INNER = 6, 20, 12
@@ -101,6 +101,77 @@ def test_a_torch_without_grouped_products_is_refused(monkeypatch: pytest.MonkeyP
         ConfigError, match=rf"moe_experts needs .*grouped_mm, which torch {torch.__version__.split('+')[0]}"
     ):
         MoeExperts(DEVICE)
+
+
+def choice(p: list[float], correction: list[float], top_k: int, num_groups: int, top_groups: int) -> list[int]:
+    """Of one token, by sorting pairs."""
+    size = len(p) // num_groups
+    ranked = [a + b for a, b in zip(p, correction, strict=True)]
+    of_group = [sum(sorted(ranked[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+    groups = sorted(range(num_groups), key=lambda g: (-of_group[g], g))[:top_groups]
+    allowed = range(len(p)) if top_groups == num_groups else [e for e in range(len(p)) if e // size in groups]
+    return sorted(allowed, key=lambda e: (-ranked[e], e))[:top_k]
+
+
+ROUTES = [
+    (1, 1, 1, 1), (7, 3, 1, 1), (8, 8, 1, 1), (16, 3, 4, 2), (160, 8, 8, 3), (12, 2, 3, 1), (5, 2, 5, 5), (24, 6, 4, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "num_groups", "top_groups"), ROUTES)
+@pytest.mark.parametrize("is_normalised", [True, False])
+def test_routes(num_experts: int, top_k: int, num_groups: int, top_groups: int, is_normalised: bool) -> None:
+    """Killed by: a correction that counts, or that does not choose, groups by their best alone, the sum of all experts, no scaling."""
+    scores, correction = random(40, num_experts), random(num_experts, seed=1) * 0.2
+    ids, weights = MoeRoute(DEVICE)(scores, correction, top_k, num_groups, top_groups, is_normalised, 2.5)
+    assert ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.shape == weights.shape == (40, top_k)
+    for t in range(40):
+        p = scores[t].double().sigmoid().float()
+        chosen = choice(p.tolist(), correction.tolist(), top_k, num_groups, top_groups)
+        assert ids[t].tolist() == chosen
+        counting = p[chosen] / (p[chosen].sum() + 1e-20 if is_normalised else 1.0) * 2.5
+        assert torch.allclose(weights[t], counting, rtol=1e-6)
+
+
+def test_of_equal_experts_the_lower_number_is_chosen() -> None:
+    """And of equal groups too. Killed by: topk, sorts that are not stable."""
+    levels = torch.linspace(-2.9, 3.3, 17)
+    for num_experts, top_k, num_groups, top_groups in ROUTES:
+        scores = levels[torch.randint(0, 17, (65, num_experts), generator=torch.Generator().manual_seed(num_experts))]
+        correction = torch.full((num_experts,), 0.125)
+        ids = MoeRoute(DEVICE)(scores, correction, top_k, num_groups, top_groups, True, 1.0)[0]
+        for t in range(65):
+            p = scores[t].double().sigmoid().float().tolist()
+            assert ids[t].tolist() == choice(p, correction.tolist(), top_k, num_groups, top_groups)
+
+
+@pytest.mark.parametrize("num_experts", [4, 7, 13, 40])
+def test_equal_scores_are_equal_wherever_they_stand(num_experts: int) -> None:
+    """In any row and place. Killed by: sigmoid in float32, whose last bit is another behind the last whole vector of a tensor."""
+    for score in torch.linspace(-8, 8, 33):
+        scores = score.repeat(3, num_experts)
+        ids, weights = MoeRoute(DEVICE)(scores, torch.zeros(num_experts), num_experts, 1, 1, False, 1.0)
+        assert torch.equal(ids, torch.arange(num_experts).repeat(3, 1)) and bool((weights == weights[0, 0]).all())
+
+
+def test_what_is_no_number_is_chosen_first() -> None:
+    """And its weight says so; the experts are others than each other all the same. Killed by: a row of NaN that names experts twice."""
+    scores, nan = torch.zeros(3, 6), float("nan")
+    scores[0, 4], scores[1], scores[2, 5] = nan, nan, float("inf")
+    ids, weights = MoeRoute(DEVICE)(scores, torch.zeros(6), 3, 3, 2, False, 1.0)
+    assert ids.tolist() == [[4, 0, 1], [0, 1, 2], [5, 0, 1]]
+    assert weights.isnan().tolist() == [[True, False, False], [True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(0, 1, 1), (9, 1, 1), (5, 4, 2), (1, 3, 1), (1, 4, 5), (1, 4, 0), (1, 0, 0), (1, -1, -1), (1, 8, 2)],
+    ids=str,
+)
+def test_impossible_choices_are_refused(options: tuple[int, int, int]) -> None:
+    """(top_k, num_groups, top_groups) of 8 experts. Killed by: too few experts for a token, unequal groups, groups of one."""
+    with pytest.raises(ValueError, match=r"of 8 cannot be chosen"):
+        MoeRoute(DEVICE)(torch.zeros(2, 8), torch.zeros(8), *options, True, 1.0)
 
 
 def test_scores_are_not_rounded() -> None:

@@ -166,6 +166,53 @@ class LinearFloat32:
         return F.linear(x.float(), *prepared)
 
 
+class MoeRoute:
+    """`moe_route`: stable sorts, so that the lower number comes first among equals."""
+
+    def __init__(self, device: DeviceBackend) -> None:
+        pass
+
+    def __call__(
+        self, scores: torch.Tensor, correction: torch.Tensor, top_k: int, num_groups: int, top_groups: int, is_normalised: bool, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """As `contracts.ops.MoeRouteOp` says."""
+        num_tokens, num_experts = scores.shape
+        size = _group_size(num_experts, top_k, num_groups, top_groups)
+        p = (
+            scores.double().sigmoid().float()
+        )  # in float32 torch's last bit depends on where in the tensor a number stands
+        ranked = (p + correction).view(num_tokens, num_groups, size)
+        if top_groups == num_groups:
+            groups = torch.arange(num_groups, device=scores.device).expand(num_tokens, -1)
+        else:
+            groups = _best(ranked.topk(2, dim=-1).values.sum(-1), top_groups).sort(dim=-1).values
+        allowed = groups.unsqueeze(-1) * size + torch.arange(size, device=scores.device)
+        allowed = allowed.flatten(1)  # in ascending order: the sort below keeps it among equals
+        ids = allowed.gather(1, _best(ranked.flatten(1).gather(1, allowed), top_k))
+        weights = p.gather(1, ids)
+        if is_normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return ids, weights * scaling
+
+
+def _group_size(num_experts: int, top_k: int, num_groups: int, top_groups: int) -> int:
+    """The size of a group of `moe_route`; ValueError for what no router can mean."""
+    size = num_experts // num_groups if num_groups > 0 else 0
+    is_possible = (
+        size * num_groups == num_experts > 0 and 1 <= top_groups <= num_groups and 1 <= top_k <= top_groups * size
+    )
+    if not is_possible or (top_groups < num_groups and size < 2):
+        raise ValueError(
+            f"{top_k} experts in the best {top_groups} of {num_groups} equal groups of {num_experts} cannot be chosen"
+        )
+    return size
+
+
+def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the greatest in each row, the greatest first, of equal ones the first."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
 def lacks_grouped_mm(query: OpQuery | None = None) -> str | None:
     """Why this torch cannot run the reference of `moe_experts`, or None. The `check` of its spec."""
     if hasattr(F, "grouped_mm"):

@@ -401,7 +401,7 @@ class _BoundExperts:
             weight.tensor = None
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        places = self.physical_of[ids]
+        places = self.physical_of.index_select(0, ids.flatten()).view(ids.shape)
         if self._all_reduce is None:
             return self.op(x, places, weights, self.counts, self.prepared)
         places = places - self._first

@@ -85,6 +85,39 @@ def _linear_float32(draw: Draw, tokens: int) -> Iterable[Call]:
         yield Call((draw(tokens, in_features),), prepared=(draw(out_features, in_features).float(), None))
 
 
+def _routed(draw: Draw, tokens: int, groups: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and corrections with which no two experts, and no two groups, are so near each other that rounding could decide between them."""
+    num_experts = groups * size
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=draw.generator, dtype=torch.float64)
+
+    correction = ((uniform(num_experts) - 0.5) * 0.4).float()
+    rows: list[torch.Tensor] = []
+    while len(rows) < tokens:
+        ranked = 0.25 + 0.5 * (draw.order(num_experts) + 0.5 * uniform(num_experts)) / num_experts
+        best = ranked.view(groups, size).sort(dim=1, descending=True).values[:, :2].sum(1).sort().values
+        if groups == 1 or float(best.diff().min()) > 1e-5:
+            rows.append((ranked - correction).logit().float())
+    return torch.stack(rows), correction
+
+
+def _moe_route(draw: Draw, tokens: int) -> Iterable[Call]:
+    """One expert, sizes that are no whole vectors, all of them chosen; then many that are equal, and scores at both ends of sigmoid."""
+    for groups, size, top_groups, top_k, is_normalised in (
+        (1, 1, 1, 1, True), (1, 7, 1, 7, False), (1, 8, 1, 2, True), (4, 4, 2, 3, True), (8, 20, 3, 8, True), (3, 3, 1, 3, False),
+        (4, 15, 4, 6, False), (1, 160, 1, 8, True), (5, 2, 4, 1, False),
+    ):  # fmt: skip
+        scores, correction = _routed(draw, tokens, groups, size)
+        yield Call((scores, correction, top_k, groups, top_groups, is_normalised, 1.7))
+    levels = torch.tensor([0.0, 1.0, 3.0])
+    for groups, size, top_groups, top_k in ((1, 24, 1, 9), (6, 4, 2, 5)):
+        scores = levels[draw.ids(tokens * groups * size, 3)].view(tokens, -1)
+        yield Call((scores, torch.full((groups * size,), 0.125), top_k, groups, top_groups, True, 1.0))
+    ends = torch.tensor([-float("inf"), -200.0, -90.0, -20.0, -3.0, 0.0, 3.0, 9.0, 40.0, 200.0, float("inf")])
+    yield Call((ends.repeat(tokens, 1), torch.arange(11) / 2, 11, 1, 1, False, 1.0))
+
+
 def _moe_experts(draw: Draw, tokens: int) -> Iterable[Call]:
     """Random choices with some elsewhere, one expert for all, every expert for all, none here."""
     num_experts, hidden, inner = 5, 24, 20  # rows that are no whole vectors
@@ -256,6 +289,7 @@ OPS: Mapping[str, OpInputs] = {
     "kv_write": OpInputs(_kv_write, roundings=0, caches=(1,)),
     "block_copy": OpInputs(_block_copy, roundings=0, caches=(0,)),
     "linear_float32": OpInputs(_linear_float32),
+    "moe_route": OpInputs(_moe_route, roundings=6),
     "moe_experts": OpInputs(_moe_experts, roundings=6),
     "lm_head": OpInputs(_lm_head),
     "linear_silu_mul": OpInputs(_linear_silu_mul, roundings=5),

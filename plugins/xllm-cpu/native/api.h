@@ -50,8 +50,15 @@ XLLM_API int xllm_experts(
     const void* x, const int64_t* ids, const float* weights, int64_t* counts, const void* gate_up, const void* down, void* out, int64_t tokens,
     int64_t top_k, int64_t num_experts, int64_t hidden, int64_t inner, int is_bf16);
 
+// The router's choice. scores: [rows][num_experts] with row stride lds; correction: [num_experts]; ids, weights: [rows][top_k]. Groups are equal; where
+// top_groups is less than num_groups they have two experts or more; top_k experts are in top_groups groups.
+XLLM_API int xllm_moe_route(
+    const float* scores, int64_t lds, const float* correction, int64_t* ids, float* weights, int64_t rows, int64_t num_experts, int64_t top_k,
+    int64_t num_groups, int64_t top_groups, int is_normalised, float scaling);
+
 // Rows. x: [rows][size] with row stride ldx; out is contiguous.
-XLLM_API int xllm_rms_norm(const void* x, int64_t ldx, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16);
+XLLM_API int xllm_rms_norm(  // rows stand `beside` each other in that stride: heads of a token
+    const void* x, int64_t ldx, int64_t beside, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16);
 XLLM_API int xllm_add_rms_norm(
     const void* x, const void* residual, const void* weight, float eps, void* total, void* out, int64_t rows, int64_t size, int is_bf16);
 XLLM_API int xllm_silu_mul(const void* x, int64_t ldx, void* out, int64_t rows, int64_t inner, int is_bf16);
@@ -81,6 +88,9 @@ XLLM_API int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to
 
 // Have the system give the pages of some memory, which keeps what it holds.
 XLLM_API void xllm_populate(void* memory, int64_t num_bytes);
+
+// Rows of bfloat16 as float32, contiguous.
+XLLM_API int xllm_widen(const void* x, int64_t ldx, float* out, int64_t rows, int64_t size);
 
 // out = a + b, all contiguous: [rows][size].
 XLLM_API int xllm_add(const void* a, const void* b, void* out, int64_t rows, int64_t size, int is_bf16);

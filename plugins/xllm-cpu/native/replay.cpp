@@ -38,7 +38,7 @@ struct Entry {
 #define XLLM_ENTRY(name) {#name, Invoke<xllm_##name>::call}
 constexpr Entry ENTRIES[] = {
     XLLM_ENTRY(linear), XLLM_ENTRY(rms_norm), XLLM_ENTRY(add_rms_norm), XLLM_ENTRY(silu_mul), XLLM_ENTRY(embedding), XLLM_ENTRY(rope),
-    XLLM_ENTRY(kv_write), XLLM_ENTRY(rope_kv_write), XLLM_ENTRY(attention), XLLM_ENTRY(add), XLLM_ENTRY(experts),
+    XLLM_ENTRY(kv_write), XLLM_ENTRY(rope_kv_write), XLLM_ENTRY(attention), XLLM_ENTRY(add), XLLM_ENTRY(experts), XLLM_ENTRY(moe_route), XLLM_ENTRY(widen),
     XLLM_ENTRY(linear_int8), XLLM_ENTRY(linear_blocks), XLLM_ENTRY(packed_rows), XLLM_ENTRY(kv_write_int8), XLLM_ENTRY(rope_kv_write_int8),
 };
 constexpr int NUM_ENTRIES = static_cast<int>(sizeof ENTRIES / sizeof ENTRIES[0]);

@@ -13,20 +13,6 @@
 namespace xllm {
 namespace {
 
-// Rows that one piece takes: enough that handing it over costs little beside it.
-int64_t grain_of(int64_t rows, int64_t size) {
-  const int64_t least = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size));
-  return std::max(least, (rows + 4 * num_threads() - 1) / (4 * num_threads()));
-}
-
-template <class Fn> void for_rows(int64_t rows, int64_t size, Fn fn) {
-  const int64_t grain = grain_of(rows, size);
-  parallel_for((rows + grain - 1) / grain, [&](int64_t piece) {
-    const int64_t end = std::min(rows, (piece + 1) * grain);
-    for (int64_t row = piece * grain; row < end; row++) fn(row);
-  });
-}
-
 // Back out of panels: a row is one of a panel's lanes, P elements in every step of K.
 template <class E> void packed_rows(const int64_t* ids, const typename E::T* packed, typename E::T* out, int64_t count, int64_t size) {
   for_rows(count, size, [=](int64_t i) {
@@ -53,9 +39,10 @@ template <class E> void scale_row(const typename E::T* x, const typename E::T* w
 }
 
 template <class E>
-void rms_norm(const typename E::T* x, int64_t ldx, const typename E::T* weight, float eps, typename E::T* out, int64_t rows, int64_t size) {
+void rms_norm(
+    const typename E::T* x, int64_t ldx, int64_t beside, const typename E::T* weight, float eps, typename E::T* out, int64_t rows, int64_t size) {
   for_rows(rows, size, [=](int64_t row) {
-    const auto* from = x + row * ldx;
+    const auto* from = x + row / beside * ldx + row % beside * size;
     scale_row<E>(from, weight, inverse_rms<E>(from, size, eps), out + row * size, size);
   });
 }
@@ -187,9 +174,11 @@ const char* xllm_isa() {
 void xllm_set_threads(int count) { set_num_threads(count); }
 int xllm_threads() { return num_threads(); }
 
-int xllm_rms_norm(const void* x, int64_t ldx, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16) {
+int xllm_rms_norm(
+    const void* x, int64_t ldx, int64_t beside, const void* weight, float eps, void* out, int64_t rows, int64_t size, int is_bf16) {
   BY_TYPE(
-      is_bf16, rms_norm<Bf16>(B(x), ldx, B(weight), eps, BO(out), rows, size), rms_norm<F32>(S(x), ldx, S(weight), eps, SO(out), rows, size));
+      is_bf16, rms_norm<Bf16>(B(x), ldx, beside, B(weight), eps, BO(out), rows, size),
+      rms_norm<F32>(S(x), ldx, beside, S(weight), eps, SO(out), rows, size));
   return 0;
 }
 
@@ -306,6 +295,14 @@ int xllm_block_copy(void* cache, const int64_t* from, const int64_t* to, int64_t
   const auto size = static_cast<size_t>(block_bytes);
   parallel_for(count, [=](int64_t i) { std::memcpy(kept + i * block_bytes, blocks + from[i] * block_bytes, size); });
   parallel_for(count, [=](int64_t i) { std::memcpy(blocks + to[i] * block_bytes, kept + i * block_bytes, size); });
+  return 0;
+}
+
+int xllm_widen(const void* x, int64_t ldx, float* out, int64_t rows, int64_t size) {
+  for_rows(rows, size, [=](int64_t row) {
+    const bf16* from = B(x) + row * ldx;
+    for (int64_t i = 0; i < size; i += W) store_part<F32>(out + row * size + i, load_part<Bf16>(from + i, size - i), size - i);
+  });
   return 0;
 }
 

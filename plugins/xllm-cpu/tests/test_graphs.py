@@ -103,6 +103,23 @@ def test_what_cannot_be_recorded(
         assert torch.equal(logits, expected) and graph.num_ops == 16
 
 
+@pytest.mark.parametrize("table", [torch.arange(9) * 5, torch.randn(9, 3).half(), torch.arange(36.0).view(9, 2, 2)])
+def test_rows_of_any_type_are_looked_up(device: CpuDevice, table: torch.Tensor) -> None:
+    """Bytes are copied: a table of places, rows that are no pairs of 2 bytes. Dies if a row of another type is taken for floats or cut."""
+    ids, odd = torch.tensor([3, 0, 8, 8]), torch.zeros(9, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        graph, found = device.capture(lambda: table.index_select(0, ids), 4)
+        assert torch.equal(found, table[ids]) and found.dtype == table.dtype
+        ids.copy_(torch.tensor([1, 7, 2, 5]))
+        graph.replay(3)
+        assert torch.equal(found[:3], table[ids[:3]])
+        with pytest.raises(NotCapturableError, match="rows of a contiguous table"):
+            device.capture(lambda: odd.index_select(0, ids), 4)
+        ids[2] = 9
+        with pytest.raises(IndexError, match=r"row 9 is outside 0 \.\. 8"):
+            device.capture(lambda: table.index_select(0, ids), 4)
+
+
 def test_bad_indices(device: CpuDevice) -> None:
     """A token id that is not there stops the replay with the op's name; too many rows never reach it."""
     forward = Forward(device, torch.float32, 4)
@@ -144,9 +161,10 @@ def built(model: str, *, graphs: bool, **flat: Any) -> BuiltEngine:
     return build_engine(assemble(settings, PluginManager.discover(settings).load()), settings)
 
 
-def test_an_engine_replays_and_counts(tmp_path: Path) -> None:
-    """Steady decoding is replayed, its ends too; the tokens are those of an engine without graphs."""
-    model = str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "tiny"))
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_an_engine_replays_and_counts(tmp_path: Path, architecture: str) -> None:
+    """Steady decoding is replayed, its ends too; the tokens are those of an engine without graphs. Qwen3 norms heads that it cuts out."""
+    model = str(write_tiny(tiny_config(architecture, head_dim=16), tmp_path / "tiny"))
     requests = [
         EngineRequest(f"{i}", tuple(range(1, 4 + i)), SamplingParams(max_tokens=6 + 3 * i, ignore_eos=True), seed=i)
         for i in range(5)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.ops import LinearFloat32, MoeExperts
+from xllm_cpu.experts import LinearFloat32, MoeExperts
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.runtime import kept_weights, loader

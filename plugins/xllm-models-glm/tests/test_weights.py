@@ -123,6 +123,6 @@ def test_a_wrong_axis_is_seen(tiny: Callable[..., Path], kind: str, family: type
     whole = Harness(family(), opened).step({0: TOKENS})[0]
     try:
         outputs = run_ranks(Planted(family(), param, axis), opened, TOKENS)
-    except (XllmError, RuntimeError, IndexError):
+    except (XllmError, RuntimeError, IndexError, ValueError):
         return
     assert any(logits.shape != whole.shape or not torch.allclose(logits, whole, atol=1e-2) for logits in outputs)

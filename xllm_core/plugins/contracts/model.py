@@ -141,7 +141,8 @@ class Parts(Protocol):
 class Experts(Protocol):
     """The routed experts of one layer, as many as this rank holds.
 
-    counts: [experts held here] int64 on the device, tokens that each has got since the start; read it between steps, never write it.
+    counts: [experts held here] int64 on the device, tokens that each has got since the start, a few of padding among them where
+    steps are replayed from graphs: each is recorded with as many tokens as it holds. Read it between steps, never write it.
     physical_of: [num_experts] int64, the place of each expert among those of all ranks; the identity until experts are moved.
     """
 

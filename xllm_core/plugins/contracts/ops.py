@@ -18,6 +18,7 @@ Ops that only some models need. A device may do without; a model that asks for o
 | op | call | meaning |
 |---|---|---|
 | `linear_float32` | `LinearOp` with a float32 weight, returns [T, out] float32 | x is widened first: scores that a hard choice hangs on |
+| `moe_route` | `MoeRouteOp` | which experts a token goes to, and how much each counts |
 | `moe_experts` | `MoeExpertsOp` | each token through the experts it was sent to, summed by weight |
 
 Fusions stand for several ops in a row. A device may do without: `Parts` then calls the ops one after the other.
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
 CORE_OPS = ("linear", "embedding", "rms_norm", "add_rms_norm", "rope", "silu_mul", "kv_write", "block_copy")
 """Every device brings these."""
 
-MODEL_OPS = ("linear_float32", "moe_experts")
+MODEL_OPS = ("linear_float32", "moe_route", "moe_experts")
 """What the models that need it ask for beyond `CORE_OPS`."""
 
 CORE_FUSIONS: Mapping[str, tuple[str, ...]] = {
@@ -190,6 +191,34 @@ class QuantizedLinearOp(Protocol):
 
     def __call__(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x: [T, in], model dtype, contiguous. Returns [T, out]."""
+
+
+class MoeRouteOp(Protocol):
+    """The experts of each token by their scores: sigmoid, a correction that decides who is chosen and not how much they count, the best groups, then
+    the best experts in them. Source: arXiv:2412.19437, section 2.1.2.
+
+    p = sigmoid(scores) and ranked = p + correction, in float32. A number's p is the same wherever in the tensor it stands. The E experts are
+    `num_groups` groups of equal size, neighbours in a group; a group is as good as the sum of its two best ranked, and experts of the `top_groups`
+    best groups are allowed. With top_groups == num_groups all are, and groups mean nothing. Of equal experts, and of equal groups, the one with the
+    lower number is better; NaN is better than any number.
+    """
+
+    def __call__(
+        self,
+        scores: torch.Tensor,
+        correction: torch.Tensor,
+        top_k: int,
+        num_groups: int,
+        top_groups: int,
+        is_normalised: bool,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores: [T, E] float32, as `linear_float32` gives them. correction: [E] float32. Returns (ids [T, K] int64, weights [T, K] float32).
+
+        ids: the top_k best ranked of those allowed, the best first, each once and below E whatever the scores are. weights: p of each, divided by
+        (their sum + 1e-20) if `is_normalised`, then times `scaling`. ValueError where E does not divide into groups, a group of several has less
+        than two experts, or fewer than top_k are allowed.
+        """  # fmt: skip
 
 
 class MoeExpertsOp(Protocol):

@@ -26,8 +26,9 @@ aten = torch.ops.aten
 
 # Native functions that can be recorded -> which argument is the number of rows.
 _ROWS_AT: Mapping[str, int | None] = {
-    "linear": 4, "rms_norm": 5, "add_rms_norm": 6, "silu_mul": 3, "embedding": 3, "rope": 5, "kv_write": 4, "rope_kv_write": 12, "attention": None,
+    "linear": 4, "rms_norm": 6, "add_rms_norm": 6, "silu_mul": 3, "embedding": 3, "rope": 5, "kv_write": 4, "rope_kv_write": 12, "attention": None,
     "add": 3, "experts": 7, "linear_int8": 5, "linear_blocks": 5, "packed_rows": 3, "kv_write_int8": 5, "rope_kv_write_int8": 14,
+    "moe_route": 5, "widen": 3,
 }  # fmt: skip
 _SEGMENT_BYTES = 8 << 20
 _ONE_AT_A_TIME = threading.Lock()
@@ -182,13 +183,15 @@ class Recorder(TorchDispatchMode):
 
     def index_select(self, table: torch.Tensor, axis: int, ids: torch.Tensor) -> torch.Tensor:
         """aten.index_select of rows."""
-        is_right = axis == 0 and table.dim() == 2 and table.is_contiguous() and ids.is_contiguous()
-        if not is_right or ids.dtype != torch.int64:
+        is_right = axis == 0 and table.dim() > 0 and table.is_contiguous() and ids.is_contiguous()
+        row_bytes = table.shape[1:].numel() * table.itemsize
+        if not is_right or ids.dtype != torch.int64 or row_bytes % 2:
             raise NotCapturableError("index_select of anything but rows of a contiguous table is no op of this device")
-        out = self._arena.tensor(torch.Size((len(ids), table.shape[1])), table.dtype)
+        out = self._arena.tensor(torch.Size((len(ids), *table.shape[1:])), table.dtype)
+        is_in_pairs = row_bytes % 4 != 0  # rows are copied whatever their type is, by 2 bytes or by 4
         bad = self._native.embedding(
-            ids.data_ptr(), table.data_ptr(), out.data_ptr(), len(ids), *table.shape, _is_bf16(table)
-        )
+            ids.data_ptr(), table.data_ptr(), out.data_ptr(), len(ids), len(table), row_bytes // (2 if is_in_pairs else 4), is_in_pairs
+        )  # fmt: skip
         if bad:
             raise IndexError(f"row {int(ids[bad - 1])} is outside 0 .. {len(table) - 1}")
         return out

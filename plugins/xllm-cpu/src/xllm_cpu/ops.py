@@ -126,93 +126,6 @@ class LmHead(Linear):
         return out
 
 
-class LinearFloat32(Kept):
-    """`linear_float32`: scores in float32 whatever the model computes in."""
-
-    _prepared_type = Packed
-
-    def __init__(self, device: CpuDevice) -> None:
-        self._linear, self._native = Linear(device), device.native
-
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
-        """float32, packed."""
-        return self._linear.prepare(weight.float(), bias)
-
-    def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
-        """x: [T, in]. Returns [T, out] float32."""
-        return self._linear(x.float(), prepared)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedExperts:
-    """Weights of E experts, one after the other in panels."""
-
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    num_experts: int
-    hidden: int
-    inner: int
-
-
-class MoeExperts(Kept):
-    """`moe_experts`: tokens grouped by expert, each weight read once."""
-
-    _prepared_type = PackedExperts
-
-    def __init__(self, device: CpuDevice) -> None:
-        self._native, self._allocate = device.native, device.packed_weight
-
-    def prepare(self, gate_up: torch.Tensor, down: torch.Tensor) -> PackedExperts:
-        """gate_up: [E, 2I, H], down: [E, H, I]; neither is kept."""
-        num_experts, hidden, inner = down.shape
-        _check(
-            gate_up.shape == (num_experts, 2 * inner, hidden),
-            "gate_up must be [E, 2I, H] and down [E, H, I]",
-            gate_up,
-            down,
-        )
-        return PackedExperts(self._pack(gate_up, 1), self._pack(down, 0), num_experts, hidden, inner)
-
-    def _pack(self, weight: torch.Tensor, fuses: int) -> torch.Tensor:
-        num_experts, n, k = weight.shape
-        is_bf16, weight = _is_bf16(weight), weight.contiguous()
-        size = self._native.packed_elements(n, k, is_bf16, fuses)
-        packed = self._allocate(num_experts * size, weight.dtype).view(num_experts, size)
-        for expert in range(num_experts):
-            self._native.pack(weight[expert].data_ptr(), n, k, is_bf16, fuses, packed[expert].data_ptr())
-        return packed
-
-    def __call__(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, prepared: PackedExperts
-    ) -> torch.Tensor:
-        """x: [T, H], ids: [T, K] int64 below E or -1, weights: [T, K] float32, counts: [E] int64. Returns [T, H]."""
-        x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
-        is_right = (
-            x.shape == (ids.shape[0], prepared.hidden)
-            and x.dtype == prepared.down.dtype
-            and weights.shape == ids.shape
-            and ids.dim() == 2
-        )
-        is_typed = (
-            ids.dtype == counts.dtype == torch.int64 and weights.dtype == torch.float32 and counts.is_contiguous()
-        )
-        _check(
-            is_right and is_typed and counts.shape == (prepared.num_experts,),
-            "x, ids, weights or counts do not fit",
-            x,
-            ids,
-            weights,
-            counts,
-        )
-        out = torch.empty_like(x)
-        bad = self._native.experts(
-            x.data_ptr(), ids.data_ptr(), weights.data_ptr(), counts.data_ptr(), prepared.gate_up.data_ptr(), prepared.down.data_ptr(),
-            out.data_ptr(), *ids.shape, prepared.num_experts, prepared.hidden, prepared.inner, _is_bf16(x),
-        )  # fmt: skip
-        _check_index(bad, "expert", ids.flatten(), prepared.num_experts)
-        return out
-
-
 class Embedding:
     """`embedding`."""
 
@@ -246,11 +159,15 @@ class RmsNorm:
         """x: [T, ..., H], weight: [H]."""
         size = x.shape[-1]
         _check(weight.shape == (size,) and weight.dtype == x.dtype, "weight must be [H] like x", x, weight)
-        flat = x if x.dim() == 2 and x.stride(-1) == 1 else x.reshape(-1, size).contiguous()
+        beside, flat = 1, x
+        if x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == size:
+            beside = x.shape[1]  # heads cut out of what a product gave: tokens lie apart
+        elif x.dim() != 2 or x.stride(-1) != 1:
+            flat = x.reshape(-1, size).contiguous()
         weight = weight.contiguous()  # held until the call is over
         out = torch.empty(x.shape, dtype=x.dtype)
         self._native.rms_norm(
-            flat.data_ptr(), flat.stride(0), weight.data_ptr(), eps, out.data_ptr(), flat.shape[0], size, _is_bf16(x)
+            flat.data_ptr(), flat.stride(0), beside, weight.data_ptr(), eps, out.data_ptr(), flat.shape[0] * beside, size, _is_bf16(x)
         )  # fmt: skip
         return out
 

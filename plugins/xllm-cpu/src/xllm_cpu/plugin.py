@@ -46,6 +46,8 @@ def xllm_ops() -> Iterable[OpSpec]:
             if op in QUANTIZED_OPS
             else "xllm_cpu.cache_ops"
             if op in _OF_THE_CACHE
+            else "xllm_cpu.experts"
+            if op in MODEL_OPS
             else "xllm_cpu.ops"
         )
         yield OpSpec(

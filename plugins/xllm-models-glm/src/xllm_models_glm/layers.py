@@ -52,34 +52,18 @@ class GatedMlp:
 
 
 class Router:
-    """Which experts a token goes to, and how much each counts. All in float32: a rounded score would send tokens elsewhere.
-
-    The correction bias decides who is chosen and not how much they count. Source: arXiv:2412.19437, section 2.1.2.
-    """
+    """Which experts a token goes to, and how much each counts (op `moe_route`). In float32: a rounded score would send tokens elsewhere."""
 
     def __init__(self, c: GlmConfig, moe: MoeConfig, parts: Parts, name: str) -> None:
-        self._moe = moe
+        self._route = parts.op("moe_route")
+        self._options = (moe.top_k, moe.num_groups, moe.top_groups, moe.is_normalised, moe.scaling)
         self._scores = parts.router(name, c.hidden_size, moe.num_experts)
         self._correction = parts.parameter(f"{name}.correction", (moe.num_experts,), is_float32=True)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, hidden]. Returns (experts [T, K] int64, weights [T, K] float32)."""
-        moe, scores = self._moe, self._scores(x).sigmoid()
-        ids = self._allowed(scores + self._correction).topk(moe.top_k, dim=-1).indices
-        weights = scores.gather(1, ids)
-        if moe.is_normalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return ids, weights * moe.scaling
-
-    def _allowed(self, ranked: torch.Tensor) -> torch.Tensor:
-        """[T, experts]: those outside the best groups out of reach. A group is as good as its two best."""
-        moe = self._moe
-        if moe.top_groups == moe.num_groups:
-            return ranked
-        groups = ranked.view(len(ranked), moe.num_groups, -1)
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(moe.top_groups, dim=-1).indices
-        is_out = torch.ones(groups.shape[:2], dtype=torch.bool, device=ranked.device).scatter_(1, best, False)
-        return groups.masked_fill(is_out.unsqueeze(-1), float("-inf")).flatten(1)
+        routed: tuple[torch.Tensor, torch.Tensor] = self._route(self._scores(x), self._correction, *self._options)
+        return routed
 
 
 class MoeMlp:
