@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from xllm_cpu.device import CpuDevice
-from xllm_cpu.ops import Linear, MoeExperts
+from xllm_cpu.experts import MoeExperts
+from xllm_cpu.ops import Linear
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.testing.tiny import tiny_config, write_tiny
