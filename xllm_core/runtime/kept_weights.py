@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import stat
 import tempfile
 import time
 import zlib
@@ -28,7 +29,7 @@ from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.formats.gguf_tokenizer import cache_directory
 from xllm_core.runtime.parts import CoreParts
 
-__all__ = ["KeptWeights", "cache_directory"]
+__all__ = ["KeptWeights", "cache_directory", "file_marks"]
 log = logging.getLogger("xllm.engine")
 
 Progress = Callable[[str, int, int], None]
@@ -43,6 +44,28 @@ _NUM_READING = 2
 _WORTH_BYTES = 32 << 20  # less is unpacked and packed in the time that it takes to look
 _SUFFIX, _UNFINISHED = ".weights", ".unfinished"
 _ABANDONED_S = 3600.0  # a file that nobody has written to for so long was left by a process that was killed
+
+
+def file_marks(path: Path) -> list[tuple[str, int, int]]:
+    """(name, size in bytes, ns of the last change) of a model's file, or of every file in its folder that is not hidden, sorted by name.
+
+    A fingerprint samples bytes of each tensor; an edit between the samples shows here alone. Empty where the path is not on this disk.
+    """
+    if not path.is_dir():
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            return [(path.name, found.st_size, found.st_mtime_ns)]
+        return []
+    marks = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            with contextlib.suppress(OSError):  # gone since, or a link to nothing
+                file = Path(folder, name)
+                found = file.stat()
+                if not name.startswith(".") and stat.S_ISREG(found.st_mode):
+                    marks.append((file.relative_to(path).as_posix(), found.st_size, found.st_mtime_ns))
+    return sorted(marks)
 
 
 class _UnusableError(Exception):
@@ -81,7 +104,7 @@ class KeptWeights:
         """Finish `parts` with what was kept. False where nothing is, or nothing that can be used, which is told: `parts` are then as before."""
         started_s = time.monotonic()
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open(self.path, "rb", buffering=0, opener=_open_at_once) as file:
                 numbers, entries = self._read_header(file)
                 self._fill(parts, file, numbers, entries, progress)
         except FileNotFoundError:
@@ -97,7 +120,10 @@ class KeptWeights:
         return True
 
     def _read_header(self, file: Any) -> tuple[dict[str, dict[str, int]], list[_Entry]]:
-        size = os.fstat(file.fileno()).st_size
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise _UnusableError("it is not a regular file")
+        size = found.st_size
         prefix = file.read(_PREFIX_BYTES)
         length = int.from_bytes(prefix[len(_MAGIC) : len(_MAGIC) + 8], "little")
         if len(prefix) < _PREFIX_BYTES or prefix[: len(_MAGIC)] != _MAGIC or length > min(_MAX_HEADER_BYTES, size):
@@ -267,6 +293,11 @@ def _chunks(tensor: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
     """(first byte, memory) of every `_CHUNK` bytes."""
     data = _bytes(tensor)
     return ((first, data[first : first + _CHUNK]) for first in range(0, len(data), _CHUNK))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for who may never come: of a pipe, the other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read(fd: int, offset: int, piece: memoryview, crc: int) -> int:
