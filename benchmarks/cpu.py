@@ -1,10 +1,11 @@
 """xllm-cpu against the limits of this machine, and graph replay on against off.
 
 Each workload runs in rounds; memory bandwidth (a sequential read) and the peak of a bfloat16 product (torch's, 1,024 cubed, both cores) are probed
-before every round, and a round's share is of the limit that its own probes give. The median of the shares has a 95 % bootstrap interval. What is
-to be read and computed for a token follows from the model's shapes (`benchmarks.scaling.costs`) and is printed: of SmolLM2-135M in bfloat16, 269 MB
-of weights; 248 MFLOP for a prompt token of 1,024, 217 for one of 128, 282 for a new token behind 192. Where it does not follow, as with experts, no
-share is printed, but why. A probe that a neighbour disturbs makes a share look better than it is; all probes are printed.
+before every round, and a round's share is of the limit that its own probes give. Medians have 95 % bootstrap intervals, and targets are judged by
+their worse ends. What is to be read and computed for a token follows from the model's shapes (`benchmarks.scaling.costs`) and is printed: of
+SmolLM2-135M in bfloat16, 269 MB of weights; 248 MFLOP for a prompt token of 1,024, 217 for one of 128, 282 for a new token behind 192. Where it
+does not follow, as with experts, no share is printed, but why. A probe that a neighbour disturbs makes a share look better than it is; all probes
+are printed.
 
 Not measured here: other engines, HTTP (`benchmarks.serving`), quantised weights.
 
@@ -141,9 +142,13 @@ def measure_shares(arm: Arm, work: Work | None, num_rounds: int) -> dict[str, An
     figures = {
         name: measure(name, play, of.get(name, _no_limit), unit, num_rounds) for name, (play, unit) in plays.items()
     }
-    median = list(figures.values())[-1]["median"]
-    print(f"  {'met' if median <= PREFIX_TARGET_MS else 'missed'}: at most {PREFIX_TARGET_MS:g} ms", flush=True)
+    print(f"  {'met' if meets_prefix_target(figures) else 'missed'}: at most {PREFIX_TARGET_MS:g} ms", flush=True)
     return figures
+
+
+def meets_prefix_target(figures: dict[str, Any]) -> bool:
+    """Whether the interval of the median, as a whole, is within the target."""
+    return bool(figures[PREFIX]["interval"][1] <= PREFIX_TARGET_MS)
 
 
 def measure(name: str, play: Callable[[], float], limit: Limit, unit: str, num_rounds: int) -> dict[str, Any]:
@@ -156,11 +161,12 @@ def measure(name: str, play: Callable[[], float], limit: Limit, unit: str, num_r
         probes.append((read, peak))
         values.append(play())
         limits.append(limit(read * 1e9, peak * 1e9))
-    ranked = sorted(values)
+    spread = summarise(values, [1.0] * len(values))
+    low, high = round(spread.low, 2), round(spread.high, 2)
     figure: dict[str, Any] = {
-        "median": round(ranked[len(ranked) // 2], 2), "values": [round(v, 2) for v in values], "probes": probes, "unit": unit,
+        "median": round(spread.median, 2), "interval": [low, high], "values": [round(v, 2) for v in values], "probes": probes, "unit": unit,
     }  # fmt: skip
-    text = f"{name}: {figure['median']} {unit}"
+    text = f"{name}: {figure['median']} [{low}, {high}] {unit}"
     if all(limits):
         share = summarise(values, limits)
         figure["share"] = [round(x, 3) for x in (share.median, share.low, share.high)]

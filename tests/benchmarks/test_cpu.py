@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import cpu, memory
+from benchmarks import cpu, memory, run
 from benchmarks.peers import workloads
 from benchmarks.scaling.costs import Held, held_of
 from tests.fixtures.tiny_models import make_tiny
@@ -65,3 +66,28 @@ def test_what_a_server_holds(tmp_path: Path) -> None:
     windows = held_of(str(make_tiny("gemma3", tmp_path / "windows")), **SETTINGS)
     assert isinstance(windows, str)
     assert memory.beyond(10.0, windows, 500) == {}
+
+
+def played(monkeypatch: pytest.MonkeyPatch, name: str, values: list[float], limit: cpu.Limit) -> dict[str, Any]:
+    """A workload that takes so long, round after round, on a machine that is told."""
+    monkeypatch.setattr(cpu, "SETTLE_S", 0.0)
+    monkeypatch.setattr(cpu, "read_bandwidth_gb_s", lambda: 30.0)
+    monkeypatch.setattr(cpu, "peak_gflops", lambda: 400.0)
+    rounds = iter([0.0, *values])  # the first warms up
+    return cpu.measure(name, lambda: next(rounds), limit, "ms", len(values))
+
+
+def test_a_target_is_judged_by_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a figure of which less is better, by its upper end: a median below the target is not enough."""
+    shares: dict[str, Any] = {
+        name: played(monkeypatch, name, [90.0, 91.0, 92.0], lambda read, peak: 100.0)
+        for name in (cpu.SINGLE, cpu.PREFILL, cpu.BURST)
+    }
+    assert shares[cpu.SINGLE]["share"] == [0.91, 0.9, 0.92]
+    for values, is_met in (([19.0, 20.0, 21.0, 20.5, 21.5], True), ([19.0, 20.0, 21.0, 25.0, 26.0], False)):
+        figures = {**shares, cpu.PREFIX: played(monkeypatch, cpu.PREFIX, values, lambda read, peak: 0.0)}
+        assert figures[cpu.PREFIX]["median"] <= cpu.PREFIX_TARGET_MS and "share" not in figures[cpu.PREFIX]
+        assert cpu.meets_prefix_target(figures) is is_met
+        line = run.cpu_lines(figures)[-1]
+        assert line.startswith("met" if is_met else "MISSED"), line
+        assert "interval's upper end <= 22" in line
