@@ -478,10 +478,7 @@ def test_a_flag_not_given_leaves_the_file_alone(write: Callable[[str], Path]) ->
     ("arguments", "message"),
     [
         (["--block-size", "x"], "--block-size: [kv] block_size = 'x'"),
-        (
-            ["--num-threads", "100000"],
-            "--num-threads: [device] num_threads = '100000': input should be less than or equal to 1024",
-        ),
+        (["--num-threads", "100000"], "num_threads = '100000': input should be less than or equal to 1024"),
         (["--use", "attention"], "--use attention: write KIND=NAME"),
     ],
 )

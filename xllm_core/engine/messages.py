@@ -103,8 +103,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     """State after a step. Counts marked "since start" only grow.
 
     num_waiting: sequences in the queue; num_waiting_for_kv: set aside until a store answers. used_blocks: by unfinished sequences.
-    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs; graphs recorded,
-    those of the warm-up included; decode steps that no graph could serve; rows that replays left empty. arena_bytes: memory that graphs share.
+    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs. Of graphs, with what
+    the warm-up did: those recorded, decode steps that none could serve, rows that replays left empty, bytes of the memory that they share.
     store: what the KV store counts, by its own names (`KVStore.stats`), a second old at most; empty without one.
     """
 

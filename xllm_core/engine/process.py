@@ -86,9 +86,7 @@ class Channel:
 class EngineLoop:
     """One engine, driven by its parent's messages. `run` returns when the parent says stop. store, graphs: whose counters are told too."""
 
-    def __init__(
-        self, engine: Engine, channel: Channel, store: KVStore | None = None, graphs: GraphStats | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, channel: Channel, store: KVStore | None, graphs: GraphStats | None) -> None:
         self._engine = engine
         self._channel = channel
         self._store = _StoreCounters(store) if store is not None else None
@@ -96,7 +94,6 @@ class EngineLoop:
         self._base_query_tokens, self._base_hit_tokens = kv.query_tokens, kv.hit_tokens
         self._base_replays = engine.num_replays
         self._graphs = graphs
-        self._base_eager, self._base_padded = (graphs.num_eager, graphs.padded_rows) if graphs is not None else (0, 0)
         self._base_preemptions = engine.scheduler.stats.num_preemptions
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
@@ -181,9 +178,8 @@ class EngineLoop:
             store=self._store.read() if self._store is not None else {},
         )  # fmt: skip
         if (graphs := self._graphs) is not None:  # the worker's own numbers, perhaps of a step that is under way
-            stats.num_captures, stats.arena_bytes = graphs.num_captures, graphs.arena_bytes
-            stats.num_eager = graphs.num_eager - self._base_eager
-            stats.padded_rows = graphs.padded_rows - self._base_padded
+            stats.num_captures, stats.num_eager = graphs.num_captures, graphs.num_eager
+            stats.padded_rows, stats.arena_bytes = graphs.padded_rows, graphs.arena_bytes
         return stats
 
 

@@ -8,6 +8,7 @@ the time that it would have saved, no more. Files appear whole, whoever else wri
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -51,21 +52,13 @@ def file_marks(path: Path) -> list[tuple[str, int, int]]:
 
     A fingerprint samples bytes of each tensor; an edit between the samples shows here alone. Empty where the path is not on this disk.
     """
-    if not path.is_dir():
-        with contextlib.suppress(OSError):
-            found = path.stat()
-            return [(path.name, found.st_size, found.st_mtime_ns)]
-        return []
     marks = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            with contextlib.suppress(OSError):  # gone since, or a link to nothing
-                file = Path(folder, name)
-                found = file.stat()
-                if not name.startswith(".") and stat.S_ISREG(found.st_mode):
-                    marks.append((file.relative_to(path).as_posix(), found.st_size, found.st_mtime_ns))
-    return sorted(marks)
+    for name in sorted(glob.glob("**", root_dir=path, recursive=True)) or [""]:
+        with contextlib.suppress(OSError):  # gone since, or a link to nothing
+            found = (path / name).stat()
+            if stat.S_ISREG(found.st_mode):
+                marks.append((name, found.st_size, found.st_mtime_ns))
+    return marks
 
 
 class _UnusableError(Exception):
@@ -104,7 +97,10 @@ class KeptWeights:
         """Finish `parts` with what was kept. False where nothing is, or nothing that can be used, which is told: `parts` are then as before."""
         started_s = time.monotonic()
         try:
-            with open(self.path, "rb", buffering=0, opener=_open_at_once) as file:
+            # Who opens a pipe waits for its other end, which may never come.
+            with open(
+                self.path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+            ) as file:
                 numbers, entries = self._read_header(file)
                 self._fill(parts, file, numbers, entries, progress)
         except FileNotFoundError:
@@ -120,8 +116,7 @@ class KeptWeights:
         return True
 
     def _read_header(self, file: Any) -> tuple[dict[str, dict[str, int]], list[_Entry]]:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG((found := os.fstat(file.fileno())).st_mode):
             raise _UnusableError("it is not a regular file")
         size = found.st_size
         prefix = file.read(_PREFIX_BYTES)
@@ -293,11 +288,6 @@ def _chunks(tensor: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
     """(first byte, memory) of every `_CHUNK` bytes."""
     data = _bytes(tensor)
     return ((first, data[first : first + _CHUNK]) for first in range(0, len(data), _CHUNK))
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting for who may never come: of a pipe, the other end."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read(fd: int, offset: int, piece: memoryview, crc: int) -> int:

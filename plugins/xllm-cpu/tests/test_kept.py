@@ -226,7 +226,7 @@ def test_what_tells_files_apart(tmp_path: Path) -> None:
     assert [mark[:2] for mark in marks] == [("a.json", 1), ("b.safetensors", 4), ("parts/c.safetensors", 3)]
     os.utime(elsewhere, ns=(5, 5))
     assert [mark for mark in kept_weights.file_marks(folder) if mark not in marks] == [("b.safetensors", 4, 5)]
-    assert kept_weights.file_marks(elsewhere) == [("blob", 4, 5)] and not kept_weights.file_marks(tmp_path / "nowhere")
+    assert kept_weights.file_marks(elsewhere) == [("", 4, 5)] and not kept_weights.file_marks(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
