@@ -2,7 +2,7 @@
 
 `xllm serve` with a KV pool of known size, which requests then fill to the last block. Counted is the proportional set size (PSS) of its
 processes, from /proc: a page that several processes map counts in parts. From the sum go the bytes of the weights in the dtype served, each
-tensor once, and the bytes of the pool. Linux only.
+tensor once, and the bytes of the pool, both from the model's headers; where these do not tell, no remainder is printed, but why. Linux only.
 
     python -m benchmarks.memory | tail -1 | jq .
 """
@@ -16,11 +16,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scaling.costs import Held, held_of
 from benchmarks.serving import Server
 
-WEIGHT_BYTES = 269e6  # SmolLM2-135M in bfloat16
-KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2  # layers, keys and values, heads, head size, bytes
-BLOCK, REQUESTS, PROMPT, NEW = 16, 16, 992, 32
+REQUESTS, PROMPT, NEW = 16, 992, 32
+_DTYPE = "bfloat16"
 _IDLE_S = 5.0  # an engine tidies up when it first has nothing to do
 
 
@@ -33,8 +33,9 @@ def main() -> None:
 
 def run(model: str) -> dict[str, Any]:
     """MB (1e6 bytes) of every process when the server is ready, and when its pool is full."""
-    num_tokens = REQUESTS * (PROMPT + NEW)
-    flags = ("--dtype", "bfloat16", "--num-blocks", str(num_tokens // BLOCK), "--max-num-seqs", str(REQUESTS))
+    held = held_of(model, dtype=_DTYPE, max_num_seqs=REQUESTS)
+    num_blocks = REQUESTS * -(-(PROMPT + NEW) // (held.block_size if isinstance(held, Held) else 16))
+    flags = ("--dtype", _DTYPE, "--num-blocks", str(num_blocks), "--max-num-seqs", str(REQUESTS))
     with Server(model, *flags) as server:
         server.wait_ready()
         time.sleep(_IDLE_S)
@@ -45,18 +46,21 @@ def run(model: str) -> dict[str, Any]:
         with urllib.request.urlopen(request) as response:
             response.read()
         full = _pss_mb(server.pid)
-    known = (WEIGHT_BYTES + num_tokens * KV_BYTES_PER_TOKEN) / 1e6
-    figures = {
-        "ready_mb": ready,
-        "full_mb": full,
-        "weights_and_kv_mb": round(known, 1),
-        "beyond_mb": round(sum(full) - known, 1),
-    }
-    print(
-        f"memory: {sum(full):.0f} MB with a full pool, {figures['beyond_mb']:.0f} MB beyond weights and KV ({known:.0f} MB)",
-        flush=True,
-    )
+    figures = {"ready_mb": ready, "full_mb": full, **beyond(sum(full), held, num_blocks)}
+    if isinstance(held, Held):
+        what = f"{figures['beyond_mb']:.0f} MB beyond weights and KV ({figures['weights_and_kv_mb']:.0f} MB)"
+    else:
+        what = f"not known how much of it beyond weights and KV: {held}"
+    print(f"memory: {sum(full):.0f} MB with a full pool, {what}", flush=True)
     return figures
+
+
+def beyond(total_mb: float, held: Held | str, num_blocks: int) -> dict[str, float]:
+    """What weights and a pool of so many blocks take, in MB, and what is left of `total_mb`; nothing where that is not known."""
+    if isinstance(held, str):
+        return {}
+    known = (held.weight_bytes + num_blocks * held.block_size * held.token_bytes) / 1e6
+    return {"weights_and_kv_mb": round(known, 1), "beyond_mb": round(total_mb - known, 1)}
 
 
 def _pss_mb(pid: int) -> list[float]:

@@ -102,6 +102,7 @@ def test_the_file_in_the_working_directory_is_read(tmp_path: Path, monkeypatch: 
         ("kv = 3", ["my.toml:1:1: [kv] = 3: input should be a valid dictionary"]),
         ('[server]\nallowed_hosts = ["a",\n  5]', ["my.toml:3:3: [server] allowed_hosts = 5"]),
         ('[model]\ndtype = "int8"', ["my.toml:2:1: [model] dtype = 'int8'", "'float32' or 'bfloat16'"]),
+        ("[device]\nnum_threads = 1025", ["my.toml:2:1: [device] num_threads = 1025", "or equal to 1024"]),
         ("[server]\nport = nan", ["my.toml:2:1: [server] port = nan"]),
         (
             "[server]\nbody_timeout_s = inf",
@@ -433,7 +434,7 @@ def test_a_plugins_table(write: Callable[[str], Path]) -> None:
 
 @click.command()
 @click.option("--own")
-@click_options("model", "kv", "server", "log")
+@click_options("model", "device", "kv", "server", "log")
 def command(own: str, **flags: Any) -> None:
     """A command with settings of its own."""
     settings = settings_from_flags(flags, path="the-model")
@@ -477,6 +478,7 @@ def test_a_flag_not_given_leaves_the_file_alone(write: Callable[[str], Path]) ->
     ("arguments", "message"),
     [
         (["--block-size", "x"], "--block-size: [kv] block_size = 'x'"),
+        (["--num-threads", "100000"], "num_threads = '100000': input should be less than or equal to 1024"),
         (["--use", "attention"], "--use attention: write KIND=NAME"),
     ],
 )

@@ -68,7 +68,7 @@ class DeviceTable(Table):
     )
     index: int = Field(0, ge=0, description="Which device of that backend.", json_schema_extra={"flag": "device_index"})
     num_threads: int | None = Field(
-        None, ge=1, description="Host threads for the device's own work; default is its own."
+        None, ge=1, le=1024, description="Host threads for the device's own work, at most 1024; default is its own."
     )
 
 

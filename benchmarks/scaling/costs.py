@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from xllm_core.plugins.contracts.kv import KVGroupSpec
 from xllm_core.plugins.contracts.weights import HoldsPacked, WeightEntry
+
+if TYPE_CHECKING:
+    from xllm_core.plugins.resolve import Assembly
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # a fallback's weights do not say whose they are
@@ -87,13 +90,9 @@ class Costs:
 
 def costs_of(model: str, **flat: Any) -> Costs | str:
     """Of a model under these settings, from its headers; or why its limits are not known."""
-    from xllm_core.config import Settings
-    from xllm_core.plugins.manager import PluginManager
-    from xllm_core.plugins.resolve import assemble
     from xllm_core.runtime.loader import check_weights, packed_parameters
 
-    settings = Settings.from_flags(path=model, **flat)
-    assembly = assemble(settings, PluginManager.discover(settings).load())
+    assembly = _assembled(model, flat)
     plan, config = assembly.plan, assembly.checkpoint.config
     weights = assembly.family.weight_map(config)
     sources = check_weights(assembly.checkpoint, weights)
@@ -131,6 +130,45 @@ def costs_of(model: str, **flat: Any) -> Costs | str:
         body_ops=2 * sum(math.prod(entry.shape) for entry, _ in body), head_ops=2 * math.prod(head[0][0].shape), kv=kv,
         has_peak=plan.quantization is None and plan.dtype == "bfloat16",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes that a server keeps: of its weights, each tensor once, and of a token's keys and values. block_size: tokens of a KV block."""
+
+    weight_bytes: int
+    token_bytes: int
+    block_size: int
+
+
+def held_of(model: str, **flat: Any) -> Held | str:
+    """Of a model under these settings, from its headers; or why that cannot be told from them."""
+    from xllm_core.runtime.loader import check_weights
+
+    assembly = _assembled(model, flat)
+    plan, groups = assembly.plan, assembly.kv_groups
+    if plan.quantization is not None:
+        return f"bytes of its weights in {plan.quantization.name} are not known here"
+    if other := [group.name for group in groups if group.kind != "full"]:
+        return f"its KV group {other[0]!r} does not grow with every token"
+    weights = assembly.family.weight_map(assembly.checkpoint.config)
+    sources = check_weights(assembly.checkpoint, weights)
+    sizes = {source: math.prod(entry.shape) for entry, source in zip(weights.entries, sources, strict=True) if source}
+    token_bytes = sum(
+        len(group.layers) * math.prod(tensor.shape) * _BYTES[tensor.dtype]
+        for group in groups
+        for tensor in group.tensors
+    )
+    return Held(sum(sizes.values()) * _BYTES[plan.dtype], token_bytes, plan.block_size)
+
+
+def _assembled(model: str, flat: dict[str, Any]) -> Assembly:
+    from xllm_core.config import Settings
+    from xllm_core.plugins.manager import PluginManager
+    from xllm_core.plugins.resolve import assemble
+
+    settings = Settings.from_flags(path=model, **flat)
+    return assemble(settings, PluginManager.discover(settings).load())
 
 
 def kv_costs(groups: Sequence[KVGroupSpec], num_heads: int) -> tuple[KVCost, ...] | str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from benchmarks.cpu import FLOPS_128, FLOPS_1024, FLOPS_NEW, WEIGHT_BYTES
+from benchmarks.peers.workloads import FLOPS_128, FLOPS_1024, FLOPS_NEW, WEIGHT_BYTES
 from benchmarks.scaling import __main__ as program
 from benchmarks.scaling import figures, plot
 from benchmarks.scaling.costs import Costs, KVCost, costs_of, kv_costs

@@ -15,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import FLAGS
 from tests.server.rig import JSON, Server, serving
+from xllm_core.engine.messages import EngineStats
 from xllm_core.engine.process import _StoreCounters
+from xllm_core.server.metrics import Metrics
 
 COMPLETIONS = "/v1/completions"
 GAUGES = (
@@ -86,6 +88,27 @@ def test_names_and_kinds(server: Server) -> None:
     assert info.value == 1 and info.labels["num_gpu_blocks"] == "512" and info.labels["block_size"] == "16"
     assert info.labels["kv_cache_size_tokens"] == "8192" and float(info.labels["kv_cache_max_concurrency"]) == 16
     assert families["http_requests"].type == "counter"
+
+
+def test_what_graphs_count() -> None:
+    """Totals of each engine, whenever somebody looks; memory as it is now. Dies where two are mixed up, or are added up twice."""
+    metrics = Metrics("tiny", num_engines=2)
+    counted = {
+        "graph_replays_total": 5,
+        "graph_captures_total": 2,
+        "graph_eager_steps_total": 3,
+        "graph_padded_rows_total": 7,
+    }
+    fields = ("num_replays", "num_captures", "num_eager", "padded_rows")
+    for factor in (1, 2):
+        told = {field: factor * count for field, count in zip(fields, counted.values(), strict=True)}
+        metrics.engine_stats(1, EngineStats(**told, arena_bytes=1 << 20))
+        for _ in range(2):
+            lines = metrics.text().decode().splitlines()
+        for name, count in counted.items():
+            assert f'xllm:{name}{{engine="1",model_name="tiny"}} {factor * count:.1f}' in lines, lines
+            assert f'xllm:{name}{{engine="0",model_name="tiny"}} 0.0' in lines, lines
+        assert 'xllm:graph_arena_bytes{engine="1",model_name="tiny"} 1.048576e+06' in lines, lines
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -55,14 +55,18 @@ def test_an_engine_says_the_same(model: str) -> None:
 
 
 def test_every_feature_runs_on_it(tmp_path: Path) -> None:
-    """The matrix of `xllm verify`: every row identical and active, but for a store that no plugin brings here and graphs, which it has none of."""
+    """The matrix of `xllm verify`: every row identical and active, but for a store, which no plugin brings here, and what the device lacks."""
     model = str(make_tiny("llama", tmp_path / "llama", max_position_embeddings=1024, initializer_range=0.5))
     report = Verifier(model, scale=QUICK, memory_bytes=1 << 24, use={"device": "hostile/hostile"}).run()
     assert [row.feature for row in report.rows] == list(ROWS)
     assert report.has_passed, [
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
     ]
-    assert [row.feature for row in report.rows if row.not_applicable] == ["plugin's store", "graph replay"]
+    assert [row.feature for row in report.rows if row.not_applicable] == [
+        "log probabilities",
+        "plugin's store",
+        "graph replay",
+    ]
     assert report.device == "hostile reference"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from xllm_core.engine.sequence import Sequence as EngineSequence
 from xllm_core.engine.sequence import Status
 from xllm_core.kv.keys import BlockKeys
 from xllm_core.kv.manager import KVManager
+from xllm_core.reference import attention
 from xllm_core.reference.attention import ReferenceAttention
 from xllm_core.reference.device import ReferenceDevice
-from xllm_core.reference.ops import BlockCopy, KvWrite
+from xllm_core.reference.ops import BlockCopy, KvWrite, Linear, LmHead
 from xllm_core.runtime.graphs import StepGraphs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.sampling_state import SamplingState
-from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier
+from xllm_core.testing.verify import FULL, ROWS, Scale, Verifier, unequal_scores
 from xllm_core.types import StepResult, TokenOutput
 
 SMALL = Scale((1, 17, 33, 70), 12)
@@ -53,8 +56,9 @@ def test_full_matrix_on_a_tiny_model(model: str, dtype: str) -> None:
         (row.feature, row.differences, row.activity) for row in report.rows if not row.has_passed
     ]
     idle = [row for row in report.rows if row.activity == 0 or row.num_tokens == 0]
-    assert [row.feature for row in idle] == ["plugin's store", "graph replay"]
-    assert "--use kv_store" in idle[0].not_applicable and "records no graphs" in idle[1].not_applicable
+    assert [row.feature for row in idle] == ["log probabilities", "plugin's store", "graph replay"]
+    reasons = [row.not_applicable for row in idle]
+    assert "does not promise" in reasons[0] and "--use kv_store" in reasons[1] and "records no graphs" in reasons[2]
 
 
 def test_the_command_takes_what_a_cache_holds(model: str) -> None:
@@ -300,6 +304,31 @@ def let_the_reference_record(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ReferenceAttention, "refill", refill, raising=False)
 
 
+def let_the_reference_promise(patch: pytest.MonkeyPatch) -> None:
+    """Products and attention row by row: what it says of a row then depends on nothing beside it."""
+    facts = ReferenceDevice.facts
+    patch.setattr(attention, "_MAX_GATHERED", 1)
+    patch.setattr(ReferenceDevice, "facts", lambda self: replace(facts(self), is_row_invariant=True))
+    for op in (Linear, LmHead):
+        patch.setattr(op, "__call__", by_rows(op.__call__))
+
+
+def by_rows(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same product, a row at a time."""
+    return lambda self, x, prepared: torch.cat([call(self, row, prepared) for row in x.split(1)])
+
+
+def products_differ_in_their_last_bits(patch: pytest.MonkeyPatch) -> None:
+    """A sum in another order where there are more rows: no token changes, and no near tie tells."""
+    call = Linear.__call__
+
+    def wrong(self: Linear, x: torch.Tensor, prepared: Any) -> torch.Tensor:
+        out = call(self, x, prepared)
+        return out * (1 + 2**-22) if len(x) > 1 else out
+
+    patch.setattr(Linear, "__call__", wrong)
+
+
 def replays_store_where_the_first_step_did(patch: pytest.MonkeyPatch) -> None:
     """A graph whose slots stay those that it was recorded with."""
     load = StepGraphs._load
@@ -318,6 +347,7 @@ def replays_store_where_the_first_step_did(patch: pytest.MonkeyPatch) -> None:
 
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "batch mates": mixed_up_rows,
+    "log probabilities": products_differ_in_their_last_bits,
     "chunk 16": chunk_forgets_its_past,
     "chunk 64": chunk_forgets_its_past,
     "chunk off": long_prompts_lose_their_last_slot,
@@ -354,6 +384,8 @@ def test_a_planted_bug_turns_its_row_red(
     settings: dict[str, Any] = {"memory_bytes": 1 << 25, "block_size": 4, "use": {"device": "core/reference"}}
     if row == "graph replay":
         let_the_reference_record(monkeypatch)
+    if row == "log probabilities":
+        let_the_reference_promise(monkeypatch)
     if row == "plugin's store":
         install("good")
         settings["use"] = {"device": "core/reference", "kv_store": "good/host"}
@@ -364,6 +396,32 @@ def test_a_planted_bug_turns_its_row_red(
     report = broken.run(only=[row])
     assert not report.has_passed, f"{BUGS[row].__name__} went unnoticed"
     assert report.rows[0].differences, "red for want of activity, not for a difference"
+
+
+def test_log_probabilities_are_told_with_their_numbers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are the same all along, which alone no row would find; all of chosen and likeliest are counted."""
+    let_the_reference_promise(monkeypatch)
+    broken = _PlainFirst(model, scale=SMALL, memory_bytes=1 << 25, block_size=4, device="core/reference")
+    broken.plant = lambda: products_differ_in_their_last_bits(monkeypatch)
+    (row,) = broken.run(only=["log probabilities"]).rows
+    assert row.num_compared == row.num_tokens == len(SMALL.lengths) * SMALL.new_tokens // 2
+    assert row.activity == row.num_tokens * 5
+    assert len(row.differences) == len(SMALL.lengths) and not row.has_passed
+    number = r"-?\d\.\d{6,}(?:e-\d+)?"
+    found = re.search(rf"greedy-17 token \d: .* is ({number}) alone, ({number}) with others", row.differences[1])
+    assert found, row.differences
+    assert float(found[1]) == pytest.approx(float(found[2]), abs=1e-4) and found[1] != found[2]
+
+
+def test_log_probabilities_that_do_not_come_are_told() -> None:
+    """A device's sampler that leaves them out beside others is not taken for one that agrees."""
+    scores = {("a", 0): [[(7, -0.5), (7, -0.5)], [(3, -1.0), (3, -1.0)]]}
+    assert not unequal_scores(scores, scores)
+    assert unequal_scores(scores, {("a", 0): scores["a", 0][:1]}) == [
+        "a: 2 tokens have log probabilities alone, 1 with others"
+    ]
+    others = {("a", 0): [scores["a", 0][0], [(3, -1.0), (4, -1.0)]]}
+    assert "token 1: log probability of token 3 and token 4" in unequal_scores(scores, others)[0]
 
 
 def test_a_row_without_activity_is_red(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

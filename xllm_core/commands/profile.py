@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     "--seed", type=int, default=0, show_default=True, help="Of the random prompts, and of the half that is held out."
 )
 @click.option(
-    "--max-error", type=click.FloatRange(0, 1000), default=25.0, show_default=True,
-    help="Percent of mean error on held-out steps from which on this command fails.",
+    "--max-error", type=click.FloatRange(0, 1000), default=15.0, show_default=True,
+    help="Percent of mean error on held-out steps above which this command fails.",
 )  # fmt: skip
 @click.option("--json", "is_json", is_flag=True, help="Only the JSON line.")
 @click_options("model", "device", "engine", "scheduler", "kv", "log", without=("num_engines",))

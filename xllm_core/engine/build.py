@@ -105,7 +105,7 @@ def load_model(assembly: Assembly, settings: Settings, *, progress: Progress | N
 
 def _kept_weights(assembly: Assembly, settings: Settings, weights: WeightMap, parts: CoreParts) -> KeptWeights | None:
     """Where the laid out weights of this model are, or would be, kept; None where they are not."""
-    from xllm_core.runtime.kept_weights import KeptWeights, cache_directory
+    from xllm_core.runtime.kept_weights import KeptWeights, cache_directory, file_marks
 
     plan, layouts = assembly.plan, parts.layouts()
     if settings.model.weight_cache_bytes == 0 or layouts is None:
@@ -113,7 +113,8 @@ def _kept_weights(assembly: Assembly, settings: Settings, weights: WeightMap, pa
     made_by = [plan.model, plan.weight_format, plan.quantization, *plan.ops.values()]
     origins = [(one.name, one.target, one.version) for one in made_by if one is not None]
     what = [assembly.checkpoint.fingerprint(), plan.dtype, plan.quantized_kinds, "rank 0 of 1", repr(weights), layouts]
-    key = hashlib.sha256(json.dumps([__version__, what, origins]).encode()).hexdigest()
+    files = file_marks(assembly.checkpoint.path)
+    key = hashlib.sha256(json.dumps([__version__, what, origins, files]).encode()).hexdigest()
     return KeptWeights(cache_directory() / "weights", key, max_bytes=settings.model.weight_cache_bytes)
 
 

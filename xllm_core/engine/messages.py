@@ -103,7 +103,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     """State after a step. Counts marked "since start" only grow.
 
     num_waiting: sequences in the queue; num_waiting_for_kv: set aside until a store answers. used_blocks: by unfinished sequences.
-    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs.
+    Since start: preemptions; prompt tokens looked up in the prefix cache and found there; steps replayed from recorded graphs. Of graphs, with what
+    the warm-up did: those recorded, decode steps that none could serve, rows that replays left empty, bytes of the memory that they share.
     store: what the KV store counts, by its own names (`KVStore.stats`), a second old at most; empty without one.
     """
 
@@ -116,6 +117,10 @@ class EngineStats(msgspec.Struct, array_like=True):
     query_tokens: int = 0
     hit_tokens: int = 0
     num_replays: int = 0
+    num_captures: int = 0
+    num_eager: int = 0
+    padded_rows: int = 0
+    arena_bytes: int = 0
     store: dict[str, int] = {}
 
 

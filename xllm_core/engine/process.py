@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from xllm_core.engine.build import BuiltEngine
     from xllm_core.plugins.contracts.kv import KVStore
     from xllm_core.plugins.contracts.weights import TokenizerFiles
+    from xllm_core.runtime.graphs import GraphStats
 
 _log = logging.getLogger("xllm.engine")
 
@@ -83,15 +84,16 @@ class Channel:
 
 
 class EngineLoop:
-    """One engine, driven by its parent's messages. `run` returns when the parent says stop. store: whose counters are told too."""
+    """One engine, driven by its parent's messages. `run` returns when the parent says stop. store, graphs: whose counters are told too."""
 
-    def __init__(self, engine: Engine, channel: Channel, store: KVStore | None = None) -> None:
+    def __init__(self, engine: Engine, channel: Channel, store: KVStore | None, graphs: GraphStats | None) -> None:
         self._engine = engine
         self._channel = channel
         self._store = _StoreCounters(store) if store is not None else None
         kv = engine.scheduler.kv.stats()  # what the warm-up counted is nobody's business
         self._base_query_tokens, self._base_hit_tokens = kv.query_tokens, kv.hit_tokens
         self._base_replays = engine.num_replays
+        self._graphs = graphs
         self._base_preemptions = engine.scheduler.stats.num_preemptions
         self._told: messages.EngineStats | None = None
         self._is_stopping = False
@@ -167,7 +169,7 @@ class EngineLoop:
     def _stats(self) -> messages.EngineStats:
         scheduler = self._engine.scheduler
         kv = scheduler.kv.stats()
-        return messages.EngineStats(
+        stats = messages.EngineStats(
             num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_waiting_for_kv=len(scheduler.parked),
             used_blocks=kv.used_blocks + kv.held_blocks, total_blocks=kv.total_blocks,
             num_preemptions=scheduler.stats.num_preemptions - self._base_preemptions,
@@ -175,6 +177,10 @@ class EngineLoop:
             num_replays=self._engine.num_replays - self._base_replays,
             store=self._store.read() if self._store is not None else {},
         )  # fmt: skip
+        if (graphs := self._graphs) is not None:  # the worker's own numbers, perhaps of a step that is under way
+            stats.num_captures, stats.num_eager = graphs.num_captures, graphs.num_eager
+            stats.padded_rows, stats.arena_bytes = graphs.padded_rows, graphs.arena_bytes
+        return stats
 
 
 class _StoreCounters:
@@ -329,7 +335,7 @@ def main(arguments: list[str]) -> int:
         built, info = build(settings, channel, start.planned)
         engine = built.engine
         channel.send(messages.Ready(info))
-        EngineLoop(engine, channel, built.store).run(early)
+        EngineLoop(engine, channel, built.store, built.worker.graph_stats()).run(early)
     except EOFError:
         return 0
     except BaseException as error:  # noqa: BLE001  whatever it was, the parent must hear of it, and this process ends

@@ -8,11 +8,13 @@ the time that it would have saved, no more. Files appear whole, whoever else wri
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
 import math
 import os
+import stat
 import tempfile
 import time
 import zlib
@@ -28,7 +30,7 @@ from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.formats.gguf_tokenizer import cache_directory
 from xllm_core.runtime.parts import CoreParts
 
-__all__ = ["KeptWeights", "cache_directory"]
+__all__ = ["KeptWeights", "cache_directory", "file_marks"]
 log = logging.getLogger("xllm.engine")
 
 Progress = Callable[[str, int, int], None]
@@ -43,6 +45,20 @@ _NUM_READING = 2
 _WORTH_BYTES = 32 << 20  # less is unpacked and packed in the time that it takes to look
 _SUFFIX, _UNFINISHED = ".weights", ".unfinished"
 _ABANDONED_S = 3600.0  # a file that nobody has written to for so long was left by a process that was killed
+
+
+def file_marks(path: Path) -> list[tuple[str, int, int]]:
+    """(name, size in bytes, ns of the last change) of a model's file, or of every file in its folder that is not hidden, sorted by name.
+
+    A fingerprint samples bytes of each tensor; an edit between the samples shows here alone. Empty where the path is not on this disk.
+    """
+    marks = []
+    for name in sorted(glob.glob("**", root_dir=path, recursive=True)) or [""]:
+        with contextlib.suppress(OSError):  # gone since, or a link to nothing
+            found = (path / name).stat()
+            if stat.S_ISREG(found.st_mode):
+                marks.append((name, found.st_size, found.st_mtime_ns))
+    return marks
 
 
 class _UnusableError(Exception):
@@ -81,7 +97,10 @@ class KeptWeights:
         """Finish `parts` with what was kept. False where nothing is, or nothing that can be used, which is told: `parts` are then as before."""
         started_s = time.monotonic()
         try:
-            with self.path.open("rb", buffering=0) as file:
+            # Who opens a pipe waits for its other end, which may never come.
+            with open(
+                self.path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+            ) as file:
                 numbers, entries = self._read_header(file)
                 self._fill(parts, file, numbers, entries, progress)
         except FileNotFoundError:
@@ -97,7 +116,9 @@ class KeptWeights:
         return True
 
     def _read_header(self, file: Any) -> tuple[dict[str, dict[str, int]], list[_Entry]]:
-        size = os.fstat(file.fileno()).st_size
+        if not stat.S_ISREG((found := os.fstat(file.fileno())).st_mode):
+            raise _UnusableError("it is not a regular file")
+        size = found.st_size
         prefix = file.read(_PREFIX_BYTES)
         length = int.from_bytes(prefix[len(_MAGIC) : len(_MAGIC) + 8], "little")
         if len(prefix) < _PREFIX_BYTES or prefix[: len(_MAGIC)] != _MAGIC or length > min(_MAX_HEADER_BYTES, size):

@@ -224,6 +224,10 @@ class Metrics:
         self._queries[engine].inc(stats.query_tokens - seen.query_tokens)
         self._hits[engine].inc(stats.hit_tokens - seen.hit_tokens)
         self._replays[engine].inc(stats.num_replays - seen.num_replays)
+        self._captures[engine].inc(stats.num_captures - seen.num_captures)
+        self._eager[engine].inc(stats.num_eager - seen.num_eager)
+        self._padded[engine].inc(stats.padded_rows - seen.padded_rows)
+        self._arena[engine].set(stats.arena_bytes)
         for name, count in stats.store.items():
             self._store.labels(self._model_name, str(engine), name).set(count)
 
@@ -276,6 +280,7 @@ class Metrics:
         self._waiting_kv = self._gauges(*why, num_engines, reason="kv_transfer")
         self._kv_usage = self._gauges("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", num_engines)
         self._gpu_usage = self._gauges("vllm:gpu_cache_usage_perc", "As vllm:kv_cache_usage_perc", num_engines)
+        self._arena = self._gauges("xllm:graph_arena_bytes", "Memory that recorded graphs share", num_engines)
 
     def _counters(self, name: str, text: str, num_engines: int) -> list[Counter]:
         counter = Counter(name, text, ["model_name", "engine"], registry=self.registry)
@@ -286,6 +291,9 @@ class Metrics:
         self._queries = self._counters("vllm:prefix_cache_queries", "Prompt tokens looked up", num_engines)
         self._hits = self._counters("vllm:prefix_cache_hits", "Prompt tokens found in the cache", num_engines)
         self._replays = self._counters("xllm:graph_replays", "Steps replayed from recorded graphs", num_engines)
+        self._captures = self._counters("xllm:graph_captures", "Graphs recorded", num_engines)
+        self._eager = self._counters("xllm:graph_eager_steps", "Decode steps that no graph could serve", num_engines)
+        self._padded = self._counters("xllm:graph_padded_rows", "Rows that replays left empty", num_engines)
         self._prompt_tokens = self._counters("vllm:prompt_tokens", "Prompt tokens of requests that began", 1)[0]
         self._generation_tokens = self._counters("vllm:generation_tokens", "Tokens given out", 1)[0]
         self._success = Counter(

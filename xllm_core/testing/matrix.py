@@ -70,6 +70,7 @@ class Outcome:
     """What a row's engine gave out.
 
     expected: instead of the plain run, where the row has a comparison of its own; requests: those that it asked, where they differ.
+    differences: of what the row compares beside tokens, in words.
     """
 
     got: Tokens
@@ -77,6 +78,7 @@ class Outcome:
     what: str
     expected: Tokens | None = None
     requests: Sequence[EngineRequest] | None = None
+    differences: Sequence[str] = ()
 
 
 class NotApplicableError(XllmError):

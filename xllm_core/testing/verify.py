@@ -4,15 +4,16 @@ Every row runs the same prompts, greedy and seeded, with one feature forced to b
 at a time, prompt in one piece, no prefix cache, no overlap, room for everything. A row with a difference, or without activity, fails;
 one that this model cannot have says why, and counts for nothing.
 
-A device that promises row-invariant ops must match to the bit. Another is compared up to the first difference of a sequence, where the
-two candidates must be a near tie under the plain run's own noised scores (1e-3 in float32, 0.25 in bfloat16, in units of logits); the plain
-engine then goes on from the token that was taken, and the rest is compared with that, so that every token is. 90 % is the least.
+A device that promises row-invariant ops must match to the bit, in log probabilities too. Another is compared up to the first difference of
+a sequence, where the two candidates must be a near tie under the plain run's own noised scores (1e-3 in float32, 0.25 in bfloat16, in units
+of logits); the plain engine then goes on from the token that was taken, and the rest is compared with that, so that every token is. 90 % is
+the least.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,10 @@ from xllm_core.types import EngineRequest, SamplingParams, StepPlan, TokenOutput
 MARGINS = {"float32": 1e-3, "bfloat16": 0.25}
 _ROUNDING = 1e-4  # of a difference of two float32 log probabilities
 _TEMPERATURE = 0.8
+_NUM_LIKELIEST = 4
+
+Scores = dict[Key, list[list[tuple[int, float]]]]
+"""Of each sequence, for each of its tokens: (token, log probability) of the one chosen, then of the likeliest."""
 
 
 class Verifier:
@@ -113,6 +118,32 @@ class Verifier:
             plans: list[StepPlan] = []
             got = drive(engine, self.requests, on_plan=plans.append)
             return Outcome(got, max(len(p.slots) for p in plans) - 1, "mates in one step")
+
+    def log_probabilities(self) -> Outcome:
+        """Those of the chosen token and of the likeliest, all requests together against each alone: equal floats, not near ones."""
+        assert self.plain is not None
+        if not self.plain.loaded.device.facts().is_row_invariant:
+            raise NotApplicableError(
+                "this device does not promise that a row is the same to the bit whatever runs beside it"
+            )
+        length = max(1, self.scale.new_tokens // 2)
+        asked = [
+            replace(r, params=replace(r.params, max_tokens=length, logprobs=_NUM_LIKELIEST))
+            for r in self.requests
+            if r.params.temperature == 0
+        ]
+        self.plain.loaded.parts.bind_kv(self.plain.worker.cache)
+        outputs: list[TokenOutput] = []
+        expected = Tokens()
+        for request in asked:
+            expected |= drive(self.plain.engine, [request], into=outputs)
+        alone, outputs = scores_of(outputs), []
+        with self.engine(max_num_seqs=len(asked)) as engine:
+            got = drive(engine, asked, into=outputs)
+        together = scores_of(outputs)
+        num_compared = sum(len(scores) for of_tokens in alone.values() for scores in of_tokens)
+        words = unequal_scores(alone, together)
+        return Outcome(got, num_compared, "log probabilities to the bit", expected, asked, words)
 
     def chunk(self, size: int) -> Outcome:
         """Prompts in pieces of `size` tokens; 0 computes each prompt in one piece."""
@@ -224,7 +255,7 @@ class Verifier:
     def _compare(self, name: str, outcome: Outcome) -> Row:
         expected = self.baseline if outcome.expected is None else outcome.expected
         requests = {r.request_id: r for r in (outcome.requests or self.requests)}
-        row = Row(name, True, 0, 0, outcome.activity, outcome.what)
+        row = Row(name, not outcome.differences, 0, 0, outcome.activity, outcome.what, [*outcome.differences])
         for key, base in expected.items():
             mine = outcome.got.get(key, [])
             at, problem = first_difference(base, mine, 0), ""
@@ -381,6 +412,7 @@ class Verifier:
 
 ROWS: dict[str, Callable[[Verifier], Outcome]] = {
     "batch mates": Verifier.batch_mates,
+    "log probabilities": Verifier.log_probabilities,
     "chunk 16": lambda v: v.chunk(16),
     "chunk 64": lambda v: v.chunk(64),
     "chunk off": lambda v: v.chunk(0),
@@ -403,6 +435,33 @@ def first_difference(base: Sequence[int], mine: Sequence[int], start: int) -> in
     """The first place from `start` where two sequences differ; where one ends before the other, or both end, that is the place."""
     shorter = min(len(base), len(mine))
     return next((i for i in range(start, shorter) if base[i] != mine[i]), shorter)
+
+
+def scores_of(outputs: Iterable[TokenOutput]) -> Scores:
+    """What outputs tell of their tokens, where log probabilities were asked for."""
+    scores: Scores = {}
+    for output in outputs:
+        told = scores.setdefault((output.request_id, output.index), [])
+        for token, entry in zip(output.new_token_ids, output.logprobs or (), strict=False):
+            told.append([(token, entry.chosen), *entry.top])
+    return scores
+
+
+def unequal_scores(alone: Scores, together: Scores) -> list[str]:
+    """The first difference of each sequence, in words."""
+    words = []
+    for key, expected in alone.items():
+        got = together.get(key, [])
+        for at, (one, other) in enumerate(zip(expected, got, strict=False)):
+            if one != other:
+                (token, score), (theirs, beside) = next((a, b) for a, b in zip(one, other, strict=True) if a != b)
+                of = f"of token {token}" if token == theirs else f"of token {token} and token {theirs}"
+                words.append(f"{key[0]} token {at}: log probability {of} is {score!r} alone, {beside!r} with others")
+                break
+        else:
+            if len(got) != len(expected):
+                words.append(f"{key[0]}: {len(expected)} tokens have log probabilities alone, {len(got)} with others")
+    return words
 
 
 def _count(values: Sequence[int], wanted: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from xllm_cpu import isa, probe
+
+from xllm_core.testing.tiny import tiny_config, write_tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +35,43 @@ def test_without_kernels_the_probe_says_what_helps(tmp_path: Path, monkeypatch: 
     assert "install g++" in (probe.probe() or "")
     (tmp_path / "libxllm_cpu_portable.so").write_bytes(b"not a library")
     assert "do not load" in (probe.probe() or "")
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """The plugin beside a library of an older build, which loads and lacks most of what is called."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler to build a library with")
+    package = tmp_path / "xllm_cpu"
+    shutil.copytree(ROOT / "src" / "xllm_cpu", package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    (package / "lib").mkdir()
+    source = tmp_path / "old.cpp"
+    source.write_text('extern "C" const char* xllm_isa() { return "portable"; }\n')
+    library = package / "lib" / "libxllm_cpu_portable.so"
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True, timeout=60)
+    return tmp_path
+
+
+def xllm(first: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, where the plugin is the one that lies in `first`."""
+    paths = os.pathsep.join((str(first), *filter(None, (os.environ.get("PYTHONPATH"),))))
+    command = [sys.executable, "-m", "xllm_core.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "1000"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def test_kernels_of_an_older_build_are_not_chosen(older: Path, tmp_path: Path) -> None:
+    """The reference device serves, `plugins why` tells the function that is missing and what helps, and a pin fails with the same words."""
+    reason = r"of another version than xllm-cpu: .*undefined symbol: xllm_\w+; .*--force-reinstall --no-deps xllm-cpu"
+    why = xllm(older, "plugins", "why", "device")
+    assert why.returncode == 0, why.stderr
+    assert re.search(reason, why.stdout), why.stdout
+    model = str(write_tiny(tiny_config("LlamaForCausalLM"), tmp_path / "model"))
+    chosen = xllm(older, "plan", model)
+    assert chosen.returncode == 0 and "core/reference" in chosen.stdout, chosen.stdout + chosen.stderr
+    pinned = xllm(older, "plan", model, "--device", "cpu/cpu")
+    assert pinned.returncode != 0 and re.search(reason, pinned.stderr), pinned.stderr
 
 
 def test_an_instruction_set_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +23,7 @@ from xllm_cpu.ops import AddRmsNorm, Embedding, Linear, LmHead, RmsNorm
 
 from xllm_core.config import Settings
 from xllm_core.engine.build import BuiltEngine, build_engine
+from xllm_core.engine.process import EngineLoop
 from xllm_core.plugins import AttentionGeometry, BatchLayout, NotCapturableError
 from xllm_core.plugins.manager import PluginManager
 from xllm_core.plugins.resolve import assemble
@@ -186,6 +194,61 @@ def test_an_engine_replays_and_counts(tmp_path: Path, architecture: str) -> None
         finally:
             one.engine.close()
     assert said[True] == said[False]
+
+
+def test_what_an_engine_tells_of_its_graphs(tmp_path: Path) -> None:
+    """Its parent, after a step: steps replayed since it began to serve, and all else since the start, as graphs may be of the warm-up."""
+    model = str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "tiny"))
+    one = built(model, graphs=True)
+    request = EngineRequest("warm-up", (1, 2, 3), SamplingParams(max_tokens=4, ignore_eos=True), seed=1)
+    sent: list[Any] = []
+    try:
+        drive(one.engine, [request])
+        stats = one.worker.graph_stats()
+        assert stats is not None
+        num_before = stats.num_replays
+        loop = EngineLoop(one.engine, SimpleNamespace(send=sent.append), None, stats)  # type: ignore[arg-type]
+        drive(one.engine, [replace(request, request_id=str(i), seed=i) for i in range(3)])
+        stats.num_eager = 2
+        loop._tell_stats()
+    finally:
+        one.engine.close()
+    told = sent[0].stats
+    assert 0 < told.num_captures == stats.num_captures and 0 < told.padded_rows == stats.padded_rows
+    assert 0 < told.arena_bytes == stats.arena_bytes and told.num_eager == 2
+    assert 0 < told.num_replays == stats.num_replays - num_before
+
+
+def test_a_server_shows_what_graphs_count(tmp_path: Path) -> None:
+    """In `/metrics`, from an engine in a process of its own."""
+    model = str(write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "tiny"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    flags = ("--port", str(port), "--device", "cpu/cpu", "--num-blocks", "64", "--max-num-seqs", "4")
+    process = subprocess.Popen([sys.executable, "-m", "xllm_core.cli", "serve", model, *flags], cwd=tmp_path)
+
+    def get(path: str, body: dict[str, Any] | None = None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return str(response.read().decode())
+
+    try:
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                get("/health/ready")
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline_s
+                time.sleep(0.1)
+        get("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True})
+        found = dict(re.findall(r"^xllm:graph_(\w+)\{[^}]*\} (\S+)$", get("/metrics"), re.MULTILINE))
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert found.keys() == {"replays_total", "captures_total", "eager_steps_total", "padded_rows_total", "arena_bytes"}
+    assert float(found["captures_total"]) > 0 and float(found["arena_bytes"]) > 0 and float(found["replays_total"]) > 0
 
 
 @pytest.mark.parametrize("max_chunk_tokens", [0, 7])

@@ -20,6 +20,7 @@ from xllm_cpu.experts import LinearFloat32, MoeExperts
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.runtime import kept_weights, loader
+from xllm_core.runtime.formats.safetensors_dir import SafetensorsCheckpoint
 from xllm_core.testing.tiny import tiny_config, write_tiny
 from xllm_core.testing.tiny_gguf import Kind, write_tiny_gguf
 
@@ -174,6 +175,80 @@ def test_a_file_of_another_model(
     ours.write_bytes(theirs.read_bytes())
     assert answers(plain) == first and len(seen) == 3
     assert "made for another model, device or version" in caplog.text
+
+
+def edit_the_middle(file: Path, tensor: str) -> None:
+    """Other bytes a quarter into a tensor of a safetensors file, where no fingerprint looks; header and size stay."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    first, end = json.loads(raw[8 : 8 + length])[tensor]["data_offsets"]
+    with file.open("r+b") as there:
+        there.seek(8 + length + first + (end - first) // 4)
+        there.write(bytes((end - first) // 8))
+
+
+def test_an_edit_between_the_samples_of_a_fingerprint(tmp_path: Path, loads: Iterator[list[Path]]) -> None:
+    """Of a file changed in place the next start serves the new weights; KV stores, which machines share, keep their keys."""
+    (seen,) = loads
+    model = write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "edited")
+    first = answers(str(model))
+    known = SafetensorsCheckpoint(model).fingerprint()
+    edit_the_middle(model / "model.safetensors", "model.layers.0.mlp.down_proj.weight")
+    assert SafetensorsCheckpoint(model).fingerprint() == known, "the edit lies where the fingerprint looks"
+    second = answers(str(model))
+    assert second != first and len(seen) == 2
+    assert second == answers(str(model), weight_cache_bytes=0)
+
+
+def test_an_edit_of_a_gguf_file(tmp_path: Path, loads: Iterator[list[Path]]) -> None:
+    """The same of a model that is one file: here its time alone tells."""
+    (seen,) = loads
+    source = write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "source")
+    file = write_tiny_gguf(source, tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": None})
+    answers(str(file))
+    os.utime(file, ns=(1, 1))
+    answers(str(file))
+    assert len(seen) == 2
+
+
+def test_what_tells_files_apart(tmp_path: Path) -> None:
+    """Size and time of every file of a model, shards in folders and behind links included, in one order; never of hidden ones."""
+    folder, elsewhere = tmp_path / "m", tmp_path / "blob"
+    (folder / "parts").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    elsewhere.write_bytes(b"1234")
+    (folder / "b.safetensors").symlink_to(elsewhere)
+    (folder / "gone.json").symlink_to(tmp_path / "nowhere")
+    for name, size in (("a.json", 1), ("parts/c.safetensors", 3), (".lock", 1), (".cache/d", 1)):
+        (folder / name).write_bytes(bytes(size))
+    os.mkfifo(folder / "pipe")
+    marks = kept_weights.file_marks(folder)
+    assert [mark[:2] for mark in marks] == [("a.json", 1), ("b.safetensors", 4), ("parts/c.safetensors", 3)]
+    os.utime(elsewhere, ns=(5, 5))
+    assert [mark for mark in kept_weights.file_marks(folder) if mark not in marks] == [("b.safetensors", 4, 5)]
+    assert kept_weights.file_marks(elsewhere) == [("", 4, 5)] and not kept_weights.file_marks(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "place", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "folder", "device"]
+)
+def test_what_is_no_file(
+    plain: str,
+    folder: Path,
+    place: Callable[[Path], None],
+    loads: Iterator[list[Path]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the file's place it is told and not waited for; what can be replaced is."""
+    (seen,) = loads
+    first = answers(plain)
+    (file,) = folder.iterdir()
+    file.unlink()
+    place(file)
+    with caplog.at_level(logging.WARNING, "xllm.engine"):
+        assert answers(plain) == first and len(seen) == 2
+    assert f"{file}: " in caplog.text and "weights are read from the checkpoint" in caplog.text
+    assert answers(plain) == first and len(seen) == (3 if file.is_dir() else 2)
 
 
 def test_the_oldest_goes_first(tmp_path: Path, folder: Path) -> None:

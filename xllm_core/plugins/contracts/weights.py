@@ -44,7 +44,7 @@ class Checkpoint(Protocol):
 
     @property
     def path(self) -> Path:
-        """The directory or file."""
+        """The directory or file. Weights kept on disk for the next start are those of its files, by their sizes and times."""
 
     @property
     def config(self) -> Mapping[str, Any]:

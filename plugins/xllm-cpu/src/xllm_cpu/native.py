@@ -7,7 +7,6 @@ import hashlib
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from xllm_core.plugins import ConfigError
 from xllm_cpu.isa import library_path, runnable, why_not
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -81,8 +80,15 @@ class RecordedCall(ctypes.Structure):
     ]  # fmt: skip
 
 
+class UnusableError(Exception):
+    """Why no kernels can be called, and what would help."""
+
+
 class Library:
-    """The functions of one library, without their prefix. One per instruction set and process: its threads are shared."""
+    """The functions of one library, without their prefix. One per instruction set and process: its threads are shared.
+
+    Raises OSError where the file cannot be loaded, AttributeError where it lacks a function.
+    """
 
     if TYPE_CHECKING:
 
@@ -102,9 +108,25 @@ class Library:
         return hashlib.sha256(library_path(self.name).read_bytes()).hexdigest()
 
 
+def open_library(isa: str) -> Library:
+    """The library for an instruction set, or for the best that runs here ("auto"), with all that this plugin calls. Raises UnusableError."""
+    if reason := why_not(isa):
+        raise UnusableError(reason)
+    again = "build them again: `pip install --force-reinstall --no-deps xllm-cpu`"
+    try:
+        return Library(runnable()[0] if isa == "auto" else isa)
+    except OSError as error:
+        raise UnusableError(f"the native kernels do not load: {error}; {again}") from error
+    except AttributeError as error:
+        raise UnusableError(f"the native kernels are of another version than xllm-cpu: {error}; {again}") from error
+
+
 @cache
 def load(isa: str) -> Library:
-    """The library for an instruction set, or for the best that runs here ("auto"). Raises ConfigError with what would help."""
-    if reason := why_not(isa):
-        raise ConfigError(f"[plugin.cpu] isa = {isa!r}: {reason}")
-    return Library(runnable()[0] if isa == "auto" else isa)
+    """What `open_library` gives. Raises ConfigError with what would help."""
+    from xllm_core.plugins import ConfigError  # here, for the probe must be quick and needs nothing of the core
+
+    try:
+        return open_library(isa)
+    except UnusableError as error:
+        raise ConfigError(f"[plugin.cpu] isa = {isa!r}: {error}") from error

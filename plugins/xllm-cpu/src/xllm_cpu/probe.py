@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
-from xllm_cpu.isa import library_path, runnable, why_not
+from xllm_cpu.native import UnusableError, open_library
 
 
 def probe() -> str | None:
-    """None if some built instruction set runs on this processor and its library loads, else the reason."""
-    if reason := why_not("auto"):
-        return reason
+    """None if some built instruction set runs on this processor and its library has what this plugin calls, else the reason."""
     try:
-        ctypes.CDLL(str(library_path(runnable()[0])))
-    except OSError as error:
-        return f"the native kernels do not load: {error}"
+        open_library("auto")
+    except UnusableError as error:
+        return str(error)
     return None
