@@ -3,9 +3,9 @@
 Each workload runs in rounds; memory bandwidth (a sequential read) and the peak of a product (torch's, 1,024 cubed, all cores; in bfloat16 where the
 processor multiplies that, else in float32) are probed before every round, and a round's share is of the limit that its own probes give. Medians have
 95 % bootstrap intervals, and targets are judged by their worse ends. What is to be read and computed for a token follows from the model's shapes
-(`benchmarks.scaling.costs`) and is printed: of SmolLM2-135M in bfloat16, 269 MB of weights; 248 MFLOP for a prompt token of 1,024, 217 for one of 128,
-282 for a new token behind 192. Where it does not follow, as with experts, no share is printed, but why. A probe that a neighbour disturbs makes a
-share look better than it is; all probes are printed.
+(`benchmarks.scaling.costs`) and is printed: of SmolLM2-135M in bfloat16, 269 MB of weights; 248 MFLOP for a prompt token of 1,024, 217 for one of
+128, 282 for a new token behind 192. Where it does not follow, as with experts, no share is printed, but why. A probe that a neighbour disturbs makes
+a share look better than it is; all probes are printed.
 
 Not measured here: other engines, HTTP (`benchmarks.serving`), quantised weights.
 
@@ -68,7 +68,7 @@ def work_of(model: str, **settings: Any) -> Work | str:
     costs = costs_of(model, **settings)
     if isinstance(costs, str):
         return costs
-    return Work.of(costs) if costs.has_peak else "its products are not those of which the peak is probed"
+    return Work.of(costs) if costs.has_peak else "its products are not in bfloat16, for which the peak is probed"
 
 
 def main() -> None:
