@@ -16,7 +16,7 @@ MOST_INT8_HEAD = 512  # elements whose products with 16-bit queries fit 32 bits 
 
 @dataclass(slots=True)
 class Plan:
-    """Room for a step, and the one that is laid out in it. kept: what its pointers point to. highest_block: in any table.
+    """Room for a step, and the one that is laid out in it. kept: what its pointers point to.
 
     batch: the one whose tensors `read` and `given` point into, if it is to be looked into once: a runner moves the tensors of a decode step on.
     """
@@ -26,7 +26,6 @@ class Plan:
     max_rows: int
     max_tokens: int
     address: int
-    highest_block: int = -1
     batch: BatchLayout | None = None
     read: tuple[torch.Tensor, ...] = ()
     given: tuple[int, ...] = ()
@@ -92,7 +91,6 @@ class PagedAttention:
                 f" of {self._geometry.block_size} do not fit each other, or not {plan.max_rows} rows with {plan.max_tokens} new tokens"
                 f" and {plan.step.table_width} blocks{', one token a row' if is_decode else ''}"
             )
-        plan.highest_block = found
 
     @staticmethod
     def _look_into(plan: Plan, batch: BatchLayout) -> None:
@@ -141,6 +139,6 @@ class PagedAttention:
         if self._native.attention(
             plan.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), k_steps, v_steps, target.data_ptr(), len(k)
         ):
-            raise IndexError(f"a table names block {plan.highest_block}, the cache has {len(k)}")
+            raise IndexError(f"a table names block {plan.step.highest_block}, the cache has {len(k)}")
         if target is not out:
             out.copy_(target)
