@@ -94,9 +94,9 @@ struct Pool {
         wake.wait(lock, [&] { return job.load() != seen; });
         asleep.fetch_sub(1);
       }
-      if (ends.load()) return;
       inside.fetch_add(1);  // before looking at `job`: either we see that it was closed, or its owner sees us inside and waits
       seen = job.load();
+      if (ends.load()) return;  // after it: `ends` is set before `job` moves for the last time, and who has seen that waits for nothing more
       if (seen & 1) take(own);
       inside.fetch_sub(1);
     }

@@ -47,6 +47,9 @@ CALLS: dict[str, tuple[Callable[[CpuDevice], Any], type[Exception], str]] = {
     "linear, weight elsewhere": (lambda d: Linear(d).prepare(T(4, 6, device="meta"), None), ValueError, "is on meta"),
     "linear, weight": (lambda d: Linear(d).prepare(T(4, 6, 2), None), ValueError, r"must be \[out, in\]"),
     "linear_silu_mul, odd": (lambda d: LinearSiluMul(d).prepare(T(5, 6), None), ValueError, r"together \[2I, in\]"),
+    "linear_float32, elsewhere": (
+        lambda d: LinearFloat32(d)(T(2, 6, device="meta").bfloat16(), LinearFloat32(d).prepare(T(4, 6), None)), ValueError, "is on meta"
+    ),
     "linear_int8, foreign": (lambda d: foreign(d, LinearInt8(d)), ValueError, "LinearInt8 was given what another op has packed"),
     "linear_blocks, foreign": (lambda d: foreign(d, LinearBlocks(d)), ValueError, "what another op has packed"),
     "embedding, high": (lambda d: Embedding(d)(ids(0, 3), T(3, 4)), IndexError, r"token id 3 at 1 is outside 0 .. 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -116,3 +117,16 @@ def test_threads_that_the_system_refuses() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_threads_that_are_held_up(tmp_path: Path) -> None:
+    """Between any two steps of theirs, while jobs run and pools end. Dies if a worker that comes late sleeps over its pool's end."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler to build the pool with")
+    here, program = Path(__file__).parent, tmp_path / "stalls"
+    command = [compiler, "-O2", "-std=c++20", "-pthread", f"-I{here.parent / 'native'}", str(here / "stalls.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True, timeout=60)
+    done = subprocess.run([str(program), "2000"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done
