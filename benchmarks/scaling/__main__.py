@@ -2,8 +2,9 @@
 
 Three curves: decode with 1 to 64 sequences at once (prompts of 32), prefill of prompts of 32 to 4,096 tokens, and decode of one sequence whose
 context grows to 8,192. In a round every size of every curve has a turn, the order moving on by one; memory bandwidth (a sequential read) and the
-peak of a bfloat16 product (torch's, 1,024 cubed) are probed before and after each curve. A point's limit is what its bytes and operations need at
-these: weights and KV read once for a step, products of the weights and of attention, whichever takes longer. Medians have 95 % bootstrap intervals.
+peak of a product (torch's, 1,024 cubed, in bfloat16 or, where the processor emulates that, in float32) are probed before and after each curve. A
+point's limit is what its bytes and operations need at these: weights and KV read once for a step, products of the weights and of attention, whichever
+takes longer. Medians have 95 % bootstrap intervals.
 A decode step's time is the mean of those in which all sequences decode; a prompt's is that to its first token.
 
 The claim: a token's cost grows with its context as attention does, and no faster. In every round a line goes through the shorter contexts, and
@@ -34,6 +35,7 @@ os.environ.setdefault(
 from tqdm import tqdm
 
 from benchmarks.arms import Arm
+from benchmarks.cpu import peak_dtype
 from benchmarks.machine import conditions, read_bandwidth_gb_s
 from benchmarks.scaling import figures, plot
 from benchmarks.scaling.costs import Costs, costs_of
@@ -129,8 +131,8 @@ def report(bench: Bench, costs: Costs | None, found: dict[str, Any], args: argpa
         print("\n".join(figures.table(figures.points(samples, curve))))
     reads, peaks = ([getattr(s, name) for s in samples] for name in ("read_gb_s", "peak_gflops"))
     print(
-        f"rounds: {len({s.round for s in samples})}; probes: reads {min(reads):.1f} to {max(reads):.1f} GB/s, products {min(peaks):.0f} to "
-        f"{max(peaks):.0f} GFLOP/s; load {where['load'][0]} at the start"
+        f"rounds: {len({s.round for s in samples})}; probes: reads {min(reads):.1f} to {max(reads):.1f} GB/s, "
+        f"{peak_dtype()} products {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s; load {where['load'][0]} at the start"
     )
     if args.quick:
         print("--quick: few small sizes, to see that it runs; no figure to keep, and no verdict")

@@ -54,8 +54,8 @@ class KVCost:
 class Costs:
     """Of a dense model. weight_bytes: read in a step that ends in new tokens. body_ops, head_ops: of a token, of one whose successor is wanted.
 
-    has_peak: the products are of the kind that the probe measures; where they are not (8-bit weights), memory alone sets limits, and
-    prompts have none.
+    has_peak: the products are those whose peak is probed; where they are not (weights in 8 bits or float32), memory alone sets limits, and prompts
+    have none.
     """
 
     weight_bytes: int

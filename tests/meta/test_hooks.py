@@ -71,7 +71,7 @@ def test_the_public_surface() -> None:
         "KVView", "KeepsPrepared", "Later", "Layer", "LazyMemoryDevice",
         "Linear", "LinearOp", "LogitsProcessor", "LogitsProcessorSpec", "MODEL_OPS", "MemoryInfo",
         "Miss", "Model", "ModelFamily", "ModelFormatError", "ModelQuery", "ModelShape", "ModelSpec", "MoeExpertsOp", "MoeRouteOp",
-        "NotCapturableError",
+        "NamesFiles", "NotCapturableError",
         "Observer", "ObserverSpec", "OpQuery", "OpSpec", "PackedQuantization", "PackedTensor", "Parts", "PluginContext", "PluginInfo",
         "ProcessorContext", "QUANTIZED_KV_OPS", "QUANTIZED_OPS", "Quantization", "QuantizationSpec", "QuantizedLinearOp", "REFERENCE_ATTENTION",
         "REFERENCE_OPS", "RaggedGraphKernel", "RopeConfig", "Rotary", "Sampler", "SamplerQuery", "SamplerSpec", "SamplingBatch", "SamplingParams",

@@ -113,7 +113,7 @@ def _kept_weights(assembly: Assembly, settings: Settings, weights: WeightMap, pa
     made_by = [plan.model, plan.weight_format, plan.quantization, *plan.ops.values()]
     origins = [(one.name, one.target, one.version) for one in made_by if one is not None]
     what = [assembly.checkpoint.fingerprint(), plan.dtype, plan.quantized_kinds, "rank 0 of 1", repr(weights), layouts]
-    files = file_marks(assembly.checkpoint.path)
+    files = file_marks(assembly.checkpoint)
     key = hashlib.sha256(json.dumps([__version__, what, origins, files]).encode()).hexdigest()
     return KeptWeights(cache_directory() / "weights", key, max_bytes=settings.model.weight_cache_bytes)
 

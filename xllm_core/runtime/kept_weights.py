@@ -8,7 +8,6 @@ the time that it would have saved, no more. Files appear whole, whoever else wri
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import logging
@@ -26,6 +25,7 @@ from typing import IO, Any
 
 import torch
 
+from xllm_core.plugins.contracts.weights import Checkpoint, NamesFiles
 from xllm_core.runtime.dtypes import torch_dtype
 from xllm_core.runtime.formats.gguf_tokenizer import cache_directory
 from xllm_core.runtime.parts import CoreParts
@@ -47,17 +47,22 @@ _SUFFIX, _UNFINISHED = ".weights", ".unfinished"
 _ABANDONED_S = 3600.0  # a file that nobody has written to for so long was left by a process that was killed
 
 
-def file_marks(path: Path) -> list[tuple[str, int, int]]:
-    """(name, size in bytes, ns of the last change) of a model's file, or of every file in its folder that is not hidden, sorted by name.
+def file_marks(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """(name, size in bytes, ns of the last change) of each of a model's files that may hold tensors.
 
     A fingerprint samples bytes of each tensor; an edit between the samples shows here alone. Empty where the path is not on this disk.
     """
+    path = checkpoint.path
+    if isinstance(checkpoint, NamesFiles):
+        files = list(checkpoint.files)
+    else:
+        files = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
     marks = []
-    for name in sorted(glob.glob("**", root_dir=path, recursive=True)) or [""]:
+    for file in files:
         with contextlib.suppress(OSError):  # gone since, or a link to nothing
-            found = (path / name).stat()
+            found = file.stat()
             if stat.S_ISREG(found.st_mode):
-                marks.append((name, found.st_size, found.st_mtime_ns))
+                marks.append((file.name, found.st_size, found.st_mtime_ns))
     return marks
 
 

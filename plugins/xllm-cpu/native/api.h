@@ -11,6 +11,10 @@
 #define XLLM_API extern "C"
 #endif
 
+// Raised with every change of what stands below: kernels and callers of unlike numbers do not fit each other (`ABI` of xllm_cpu/native.py).
+#define XLLM_ABI 1
+XLLM_API int xllm_abi();
+
 XLLM_API const char* xllm_isa();
 XLLM_API int xllm_max_rows();
 XLLM_API void xllm_set_threads(int count);

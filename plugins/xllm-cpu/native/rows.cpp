@@ -157,6 +157,8 @@ using namespace xllm;
 #define BO(p) static_cast<bf16*>(p)
 #define SO(p) static_cast<float*>(p)
 
+int xllm_abi() { return XLLM_ABI; }
+
 const char* xllm_isa() {
 #if defined(__AVX512BF16__)
   return "avx512_bf16";

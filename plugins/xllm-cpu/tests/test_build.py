@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xllm_cpu import isa, probe
+from xllm_cpu import isa, native, probe
 
 from xllm_core.testing.tiny import tiny_config, write_tiny
 
@@ -37,20 +38,30 @@ def test_without_kernels_the_probe_says_what_helps(tmp_path: Path, monkeypatch: 
     assert "do not load" in (probe.probe() or "")
 
 
-@pytest.fixture
-def older(tmp_path: Path) -> Path:
-    """The plugin beside a library of an older build, which loads and lacks most of what is called."""
+OLDER = {
+    "lacks functions": ('extern "C" const char* xllm_isa() { return "portable"; }', r"undefined symbol: xllm_\w+"),
+    "takes other arguments": (
+        "\n".join(f'extern "C" int xllm_{name}() {{ return 0; }}' for name in native._FUNCTIONS),
+        rf"their interface is number 0, not {native.ABI}",
+    ),
+}
+
+
+@pytest.fixture(params=OLDER)
+def older(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """The plugin beside a library of an older build, which loads, and what is said of it."""
     compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler to build a library with")
+    text, reason = OLDER[request.param]
     package = tmp_path / "xllm_cpu"
     shutil.copytree(ROOT / "src" / "xllm_cpu", package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     (package / "lib").mkdir()
     source = tmp_path / "old.cpp"
-    source.write_text('extern "C" const char* xllm_isa() { return "portable"; }\n')
+    source.write_text(text + "\n")
     library = package / "lib" / "libxllm_cpu_portable.so"
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True, timeout=60)
-    return tmp_path
+    return tmp_path, reason
 
 
 def xllm(first: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,17 +72,29 @@ def xllm(first: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
-def test_kernels_of_an_older_build_are_not_chosen(older: Path, tmp_path: Path) -> None:
-    """The reference device serves, `plugins why` tells the function that is missing and what helps, and a pin fails with the same words."""
-    reason = r"of another version than xllm-cpu: .*undefined symbol: xllm_\w+; .*--force-reinstall --no-deps xllm-cpu"
-    why = xllm(older, "plugins", "why", "device")
+def test_kernels_of_an_older_build_are_not_chosen(older: tuple[Path, str], tmp_path: Path) -> None:
+    """The reference device serves, `plugins why` tells what is wrong with them and what helps, and a pin fails with the same words."""
+    first, wrong = older
+    reason = rf"of another version than xllm-cpu: .*{wrong}; .*--force-reinstall --no-deps xllm-cpu"
+    why = xllm(first, "plugins", "why", "device")
     assert why.returncode == 0, why.stderr
     assert re.search(reason, why.stdout), why.stdout
     model = str(write_tiny(tiny_config("LlamaForCausalLM"), tmp_path / "model"))
-    chosen = xllm(older, "plan", model)
+    chosen = xllm(first, "plan", model)
     assert chosen.returncode == 0 and "core/reference" in chosen.stdout, chosen.stdout + chosen.stderr
-    pinned = xllm(older, "plan", model, "--device", "cpu/cpu")
+    pinned = xllm(first, "plan", model, "--device", "cpu/cpu")
     assert pinned.returncode != 0 and re.search(reason, pinned.stderr), pinned.stderr
+
+
+def test_the_number_of_the_interface() -> None:
+    """Dies with a change of a function or structure whose number stayed: then raise XLLM_ABI and ABI, and write here what api.h is now."""
+    text = (ROOT / "native" / "api.h").read_text()
+    (number,) = re.findall(r"^#define XLLM_ABI (\d+)$", text, re.MULTILINE)
+    assert int(number) == native.ABI
+    code = re.sub(r"\s+", " ", re.sub(r"//.*", "", text))
+    assert (
+        hashlib.sha256(code.encode()).hexdigest() == "8aa2aa638a04bc6e1df0d85ce9e3c8c38fc1e11833b3849c31a3a2a233212001"
+    )
 
 
 def test_an_instruction_set_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

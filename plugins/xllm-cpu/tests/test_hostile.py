@@ -10,6 +10,7 @@ import torch
 from xllm_cpu.attention import PagedAttention
 from xllm_cpu.cache_ops import BlockCopy, KvWrite, KvWriteInt8, RopeKvWrite, RopeKvWriteInt8
 from xllm_cpu.device import CpuDevice
+from xllm_cpu.experts import LinearFloat32
 from xllm_cpu.ops import AddRmsNorm, Embedding, Linear, LinearSiluMul, RmsNorm, Rope, SiluMul
 from xllm_cpu.quantized import LinearBlocks, LinearInt8
 from xllm_cpu.sampler import NativeSampler

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,21 +213,37 @@ def test_an_edit_of_a_gguf_file(tmp_path: Path, loads: Iterator[list[Path]]) -> 
 
 
 def test_what_tells_files_apart(tmp_path: Path) -> None:
-    """Size and time of every file of a model, shards in folders and behind links included, in one order; never of hidden ones."""
+    """Size and time of every file of a model, also behind links, in one order; never of hidden ones, nor of what lies in other folders."""
     folder, elsewhere = tmp_path / "m", tmp_path / "blob"
     (folder / "parts").mkdir(parents=True)
-    (folder / ".cache").mkdir()
     elsewhere.write_bytes(b"1234")
-    (folder / "b.safetensors").symlink_to(elsewhere)
+    (folder / "b.some").symlink_to(elsewhere)
     (folder / "gone.json").symlink_to(tmp_path / "nowhere")
-    for name, size in (("a.json", 1), ("parts/c.safetensors", 3), (".lock", 1), (".cache/d", 1)):
+    for around in ("one", "two"):
+        (folder / around).symlink_to(folder)
+    for name, size in (("a.json", 1), ("parts/c.some", 3), (".lock", 1)):
         (folder / name).write_bytes(bytes(size))
     os.mkfifo(folder / "pipe")
-    marks = kept_weights.file_marks(folder)
-    assert [mark[:2] for mark in marks] == [("a.json", 1), ("b.safetensors", 4), ("parts/c.safetensors", 3)]
+
+    def marks(path: Path, **more: Any) -> list[tuple[str, int, int]]:
+        return kept_weights.file_marks(SimpleNamespace(path=path, **more))  # type: ignore[arg-type]
+
+    before = marks(folder)
+    assert [mark[:2] for mark in before] == [("a.json", 1), ("b.some", 4)]
     os.utime(elsewhere, ns=(5, 5))
-    assert [mark for mark in kept_weights.file_marks(folder) if mark not in marks] == [("b.safetensors", 4, 5)]
-    assert kept_weights.file_marks(elsewhere) == [("", 4, 5)] and not kept_weights.file_marks(tmp_path / "nowhere")
+    assert [mark for mark in marks(folder) if mark not in before] == [("b.some", 4, 5)]
+    assert marks(elsewhere) == [("blob", 4, 5)] and not marks(tmp_path / "nowhere")
+    assert marks(folder, files=[folder / "parts" / "c.some"])[0][:2] == ("c.some", 3)
+
+
+def test_a_log_beside_the_weights_is_no_other_model(tmp_path: Path, loads: Iterator[list[Path]]) -> None:
+    """As a server writes one that is started there. Dies if a start lays the weights out anew for it."""
+    (seen,) = loads
+    model = write_tiny(tiny_config("LlamaForCausalLM", head_dim=16), tmp_path / "model")
+    answers(str(model))
+    (model / "server.log").write_text("started\n")
+    answers(str(model))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

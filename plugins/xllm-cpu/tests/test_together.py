@@ -14,9 +14,10 @@ import pytest
 import torch
 from xllm_cpu.device import CpuDevice
 from xllm_cpu.experts import MoeExperts
-from xllm_cpu.ops import Linear
+from xllm_cpu.ops import Linear, RmsNorm
 
 from xllm_core import LLM, SamplingParams
+from xllm_core.plugins import NotCapturableError
 from xllm_core.testing.tiny import tiny_config, write_tiny
 
 SECONDS = 1.0
@@ -97,6 +98,46 @@ def test_two_engines_at_once(has_graphs: bool, tmp_path: Path) -> None:
     assert min(num_right) > 0
 
 
+def test_a_capture_within_a_capture(device: CpuDevice) -> None:
+    """Refused, and the outer one is not harmed. Dies if it waits for itself."""
+    norm, x, weight = RmsNorm(device), torch.randn(4, 8), torch.ones(8)
+
+    def outer() -> torch.Tensor:
+        with pytest.raises(NotCapturableError, match="within another's"):
+            device.capture(lambda: norm(x, weight, 1e-6), 4)
+        return norm(x, weight, 1e-6)
+
+    with torch.inference_mode():
+        graph, found = device.capture(outer, 4)
+        assert graph.num_ops == 1 and torch.equal(found, norm(x, weight, 1e-6))
+
+
+def test_a_fork_while_another_thread_records(tmp_path: Path) -> None:
+    """The child has the native functions as they are, and records for itself. Dies if it waits for a thread that it has not."""
+    code = (
+        "import os, threading, torch\n"
+        "from xllm_cpu.device import CpuDevice\n"
+        "from xllm_cpu.ops import RmsNorm\n"
+        "device = CpuDevice(0)\n"
+        "norm, x, weight = RmsNorm(device), torch.ones(4, 8), torch.ones(8)\n"
+        "begun, done = threading.Event(), threading.Event()\n"
+        "def run(is_slow=False):\n"
+        "    if is_slow: begun.set(), done.wait()\n"
+        "    return norm(x, weight, 1e-6)\n"
+        "def record(is_slow=False):\n"
+        "    with torch.inference_mode(): return device.capture(lambda: run(is_slow), 4)[0].num_ops\n"
+        "other = threading.Thread(target=record, args=(True,))\n"
+        "other.start(), begun.wait()\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(10 + record())\n"
+        "status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        "done.set(), other.join()\n"
+        "assert status == 11, status\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="room for threads is bounded as Linux does it")
 def test_threads_that_the_system_refuses() -> None:
     """With room for the stacks of a few of 1,000 threads, jobs go on with those few. Dies, with the process, if the refusal is not caught."""
@@ -126,7 +167,16 @@ def test_threads_that_are_held_up(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("there is no C++ compiler to build the pool with")
     here, program = Path(__file__).parent, tmp_path / "stalls"
-    command = [compiler, "-O2", "-std=c++20", "-pthread", f"-I{here.parent / 'native'}", str(here / "stalls.cpp"), "-o", str(program)]
+    command = [
+        compiler,
+        "-O2",
+        "-std=c++20",
+        "-pthread",
+        f"-I{here.parent / 'native'}",
+        str(here / "stalls.cpp"),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, timeout=60)
     done = subprocess.run([str(program), "2000"], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "whole\n"), done

@@ -44,7 +44,9 @@ class Checkpoint(Protocol):
 
     @property
     def path(self) -> Path:
-        """The directory or file. Weights kept on disk for the next start are those of its files, by their sizes and times."""
+        """The directory or file. Weights kept on disk for the next start are those of its files, by their sizes and times: of every file in the
+        directory itself, unless the checkpoint `NamesFiles`.
+        """
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -65,6 +67,15 @@ class Checkpoint(Protocol):
 
     def fingerprint(self) -> str:
         """Hex digest over configuration, tensor headers, sizes and sampled bytes."""
+
+
+@runtime_checkable
+class NamesFiles(Protocol):
+    """A `Checkpoint` of several files that tells which hold its tensors, so that what else lies or is written beside them is no other model."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """In one order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,11 @@ class SafetensorsCheckpoint:
         return self._path
 
     @property
+    def files(self) -> list[Path]:
+        """Those with tensors."""
+        return [file.path for file in self._files]
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """config.json."""
         return self._config

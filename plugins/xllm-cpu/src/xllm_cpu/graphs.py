@@ -7,6 +7,7 @@ use between ours become native ones; any other is something that a replay would 
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import threading
 import weakref
@@ -31,7 +32,6 @@ _ROWS_AT: Mapping[str, int | None] = {
     "moe_route": 5, "widen": 3,
 }  # fmt: skip
 _SEGMENT_BYTES = 8 << 20
-_ONE_AT_A_TIME = threading.Lock()
 _LINE = 64
 
 
@@ -222,16 +222,37 @@ def _shares_memory(view: torch.Tensor, of: torch.Tensor) -> bool:
     return view.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
 
 
+class _Turn:
+    """Who records: one at a time, for a recorder stands in for functions that every engine of the process calls."""
+
+    def __init__(self) -> None:
+        self.begin()
+        os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        """Also in a forked child, which has none of its parent's other threads: what one of them was recording is given back."""
+        if recorder := getattr(self, "recorder", None):
+            recorder.stop()
+        self.lock = threading.RLock()
+        self.recorder: Recorder | None = None
+
+
+_turn = _Turn()
+
+
 def capture(
     native: Library, arena: Arena, run: Callable[[], torch.Tensor], max_rows: int
 ) -> tuple[CpuGraph, torch.Tensor]:
     """As `GraphDevice.capture`."""
-    with _ONE_AT_A_TIME:  # a recorder stands in for functions that every engine of the process calls
+    with _turn.lock:
+        if _turn.recorder is not None:
+            raise NotCapturableError("a forward is recorded within another's recording")
         arena.begin()
-        recorder = Recorder(native, arena)
+        recorder = _turn.recorder = Recorder(native, arena)
         try:
             with recorder:
                 result = run()
         finally:
             recorder.stop()
+            _turn.recorder = None
         return CpuGraph(native, recorder.calls, max_rows, arena.num_bytes), result

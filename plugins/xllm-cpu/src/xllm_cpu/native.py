@@ -11,7 +11,11 @@ from xllm_cpu.isa import library_path, runnable, why_not
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
+ABI = 1
+"""Of the functions and structures below; `XLLM_ABI` of `native/api.h`."""
+
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
+    "abi": (_I32, []),
     "isa": (ctypes.c_char_p, []),
     "set_threads": (None, [_I32]),
     "threads": (_I32, []),
@@ -113,12 +117,16 @@ def open_library(isa: str) -> Library:
     if reason := why_not(isa):
         raise UnusableError(reason)
     again = "build them again: `pip install --force-reinstall --no-deps xllm-cpu`"
+    version = "the native kernels are of another version than xllm-cpu"
     try:
-        return Library(runnable()[0] if isa == "auto" else isa)
+        library = Library(runnable()[0] if isa == "auto" else isa)
     except OSError as error:
         raise UnusableError(f"the native kernels do not load: {error}; {again}") from error
     except AttributeError as error:
-        raise UnusableError(f"the native kernels are of another version than xllm-cpu: {error}; {again}") from error
+        raise UnusableError(f"{version}: {error}; {again}") from error
+    if (found := library.abi()) != ABI:
+        raise UnusableError(f"{version}: their interface is number {found}, not {ABI}; {again}")
+    return library
 
 
 @cache
