@@ -5,7 +5,7 @@ Plain data, no torch. Lists inside a `StepPlan` are columns: entry i of each bel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -205,10 +205,25 @@ class StepResult:
 
 
 @dataclass(slots=True)
+class PendingResult:
+    """A `StepResult` whose tokens the device still computes. wait: for them, on any thread, once. finished_transfers: as there."""
+
+    wait: Callable[[], StepResult]
+    finished_transfers: Sequence[tuple[int, bool]] = ()
+
+    def result(self) -> StepResult:
+        """Wait; raises what the device's work raised."""
+        result = self.wait()
+        result.finished_transfers = self.finished_transfers
+        return result
+
+
+@dataclass(slots=True)
 class StepTimes:
     """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens.
 
-    forward_ended_s: `time.perf_counter` after the last call of the forward (a device may still be busy with it).
+    forward_ended_s: `time.perf_counter` after the last call of the forward; where tokens are waited for later (`PendingResult`), when they were
+    there. Then sample_s has what the device took beyond the calls, as far as it was not busy with the step before.
     is_replayed: the forward came from a recorded graph.
     """
 

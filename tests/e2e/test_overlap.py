@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.engine.executor import InProcessExecutor, ThreadExecutor
 from xllm_core.engine.metrics import early_share
 from xllm_core.engine.scheduler import Scheduler
 from xllm_core.errors import EngineDeadError
+from xllm_core.reference.device import ReferenceDevice
 from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
 from xllm_core.types import StepPlan
 
@@ -90,3 +93,102 @@ def test_a_forward_that_fails_is_told_to_the_caller(tiny_model: str, monkeypatch
         with pytest.raises(EngineDeadError, match="the device is full"):
             llm.generate(PROMPTS, SamplingParams(max_tokens=3))
     assert not any(thread.name == "xllm-worker" for thread in threading.enumerate())
+
+
+class Late:
+    """`AsyncDevice.to_host` of a device whose tokens come once the next step is launched, or when `patience_s` is over. overtaken: of each step,
+    which of both it was. readers: threads that waited.
+    """
+
+    def __init__(self, patience_s: float = 0.5) -> None:
+        self.overtaken: list[bool] = []
+        self.readers: set[str] = set()
+        self._patience_s = patience_s
+        self._num_launched, self._launched = 0, threading.Condition()
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        copy = tensor.clone()
+        with self._launched:
+            self._num_launched += 1
+            mine = self._num_launched
+            self._launched.notify_all()
+
+        def wait() -> torch.Tensor:
+            with self._launched:
+                self.overtaken.append(self._launched.wait_for(lambda: self._num_launched > mine, self._patience_s))
+            self.readers.add(threading.current_thread().name)
+            return copy
+
+        return wait
+
+
+def answers_of(llm: LLM, params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
+    return [list(o.token_ids) for answer in llm.generate(PROMPTS, params) for o in answer.outputs]
+
+
+def test_a_device_computes_the_next_step_before_tokens_are_known(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a device can copy to the host while it computes, the worker launches a step and waits for none; the answers are the same. Red if
+    the worker waits, or a step is computed from other tokens than the last one's.
+    """
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=20 + i, n=1 + i % 3, ignore_eos=True) for i in range(9)
+    ]
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "memory_bytes": 1 << 24,
+        "device": "core/reference",
+        "max_num_seqs": 32,
+    }
+    with LLM(tiny_model, **settings) as llm:
+        expected = answers_of(llm, params)
+    late = Late()
+    monkeypatch.setattr(ReferenceDevice, "to_host", lambda self, tensor: late.to_host(tensor), raising=False)
+    with LLM(tiny_model, **settings) as llm:
+        assert answers_of(llm, params) == expected
+        records = engine_of(llm).step_log.records
+    assert len(late.overtaken) >= 27 and sum(late.overtaken) >= 0.9 * len(late.overtaken), late.overtaken
+    assert "xllm-worker" not in late.readers
+    assert early_share(list(records)) > 0.9
+    late = Late(patience_s=0)
+    with LLM(tiny_model, overlap=False, **settings) as llm:
+        assert answers_of(llm, params) == expected
+    assert late.overtaken
+
+
+def test_what_needs_tokens_on_the_host_gets_them_at_once(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties look at the last token before the next is chosen, log probabilities at that which was. Red if such a step is left pending."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=8, repetition_penalty=1.3),
+        SamplingParams(temperature=0, max_tokens=8, logprobs=2),
+    ]
+    settings: dict[str, Any] = {"dtype": "float32", "memory_bytes": 1 << 24, "device": "core/reference"}
+    for some in params:
+        with LLM(tiny_model, **settings) as llm:
+            expected = answers_of(llm, some)
+        late = Late()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                ReferenceDevice, "to_host", lambda self, tensor, late=late: late.to_host(tensor), raising=False
+            )
+            with LLM(tiny_model, **settings) as llm:
+                assert answers_of(llm, some) == expected
+        assert late.overtaken == []
+
+
+def test_a_failure_of_the_device_ends_the_engine(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to light where tokens are waited for. Red if it stays there."""
+
+    def broken(self: ReferenceDevice, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def wait() -> torch.Tensor:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        return wait
+
+    monkeypatch.setattr(ReferenceDevice, "to_host", broken, raising=False)
+    with LLM(tiny_model, dtype="float32", memory_bytes=1 << 24, device="core/reference") as llm:
+        with pytest.raises((EngineDeadError, RuntimeError), match="illegal memory access"):
+            answers_of(llm, SamplingParams(max_tokens=4))
+        with pytest.raises(EngineDeadError, match="illegal memory access"):
+            answers_of(llm, SamplingParams(max_tokens=4))

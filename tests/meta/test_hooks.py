@@ -64,7 +64,7 @@ def test_the_public_surface() -> None:
     """What third parties build on. A name that goes or is renamed breaks them: this list changes only on purpose."""
     assert xllm_core.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     assert sorted(plugins.__all__) == [
-        "API_VERSION", "AsksForOps", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis",
+        "API_VERSION", "AsksForOps", "AsyncDevice", "Attention", "AttentionGeometry", "AttentionKernel", "AttentionQuery", "AttentionSpec", "Axis",
         "BatchLayout", "CORE_FUSIONS", "CORE_OPS", "Checkpoint", "CommandSpec", "ConfigError", "DeviceBackend", "DeviceFacts", "DeviceSpec",
         "DoctorSpec", "Experts", "Fields", "Finding", "ForwardContext", "GivesRows", "Graph", "GraphDevice", "GraphKernel", "Hit", "HoldsPacked",
         "KVGeometry", "KVGroupSpec", "KVIndex", "KVMover", "KVSegments", "KVStore", "KVStoreQuery", "KVStoreSpec", "KVTensorSpec", "KVTransfer",

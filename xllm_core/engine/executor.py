@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from xllm_core.errors import EngineDeadError
-from xllm_core.types import StepPlan, StepResult, StepTimes
+from xllm_core.types import PendingResult, StepPlan, StepResult, StepTimes
 
 T = TypeVar("T")
 
@@ -40,8 +40,10 @@ class StepWorker(Protocol):
     def execute(self, plan: StepPlan) -> StepHandle:
         """Apply the plan's state changes and run the forward."""
 
-    def sample(self, handle: Any) -> StepResult:
-        """Choose tokens from the logits of what `execute` returned; it knows its own kind of handle."""
+    def sample(self, handle: Any) -> StepResult | PendingResult:
+        """Choose tokens from the logits of what `execute` returned; it knows its own kind of handle. Pending tokens are waited for by whoever
+        wants them, while the worker goes on with the next plan.
+        """
 
     def close(self) -> None:
         """Give back memory and threads."""
@@ -82,10 +84,10 @@ class Executor(Protocol):
 class _Done:
     """A result that is there already."""
 
-    value: StepResult
+    value: StepResult | PendingResult
 
     def result(self) -> StepResult:
-        return self.value
+        return self.value.result() if isinstance(self.value, PendingResult) else self.value
 
 
 class InProcessExecutor:
@@ -95,7 +97,7 @@ class InProcessExecutor:
         self._worker = worker
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Run the forward now."""
+        """Run the forward now, or launch it."""
         return self._worker.execute(plan)
 
     def sample(self, handle: StepHandle) -> StepFuture:
@@ -216,7 +218,7 @@ class _ThreadFuture:
 
     def __init__(self, handle: _ThreadHandle) -> None:
         self._handle = handle
-        self._value: StepResult | None = None
+        self._value: StepResult | PendingResult | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._lock.acquire()
@@ -224,6 +226,8 @@ class _ThreadFuture:
     def result(self) -> StepResult:
         with self._lock:
             pass
+        if isinstance(self._value, PendingResult):
+            return self._value.result()
         if self._value is not None:
             return self._value
         assert self._error is not None

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from xllm_core.models.config import Fields, RopeConfig, read_dtype, read_rope
     from xllm_core.models.rope import Rotary
     from xllm_core.plugins.contracts.attention import AttentionGeometry, AttentionKernel, BatchLayout, KVSegments
-    from xllm_core.plugins.contracts.device import DeviceBackend, DeviceFacts, LazyMemoryDevice, MemoryInfo
+    from xllm_core.plugins.contracts.device import AsyncDevice, DeviceBackend, DeviceFacts, LazyMemoryDevice, MemoryInfo
     from xllm_core.plugins.contracts.doctor import Finding
     from xllm_core.plugins.contracts.graphs import (
         Graph,
@@ -113,6 +113,7 @@ _CONTRACTS = {
         "KVSegments",
     ),
     "device": (
+        "AsyncDevice",
         "DeviceBackend",
         "DeviceFacts",
         "LazyMemoryDevice",
@@ -215,6 +216,7 @@ __all__ = [
     "REFERENCE_ATTENTION",
     "REFERENCE_OPS",
     "AsksForOps",
+    "AsyncDevice",
     "Attention",
     "AttentionGeometry",
     "AttentionKernel",

@@ -79,9 +79,11 @@ class InputBuffers:
             if self._decode is not None and not self._decode.write(group, slot, first, block_ids):
                 self._decode = None
 
-    def gather(self, plan: StepPlan, previous: torch.Tensor, chosen: Sequence[int]) -> StepInputs:
-        """The batch of a plan that has rows. previous: [S] tokens sampled by the step before, on the device; chosen: the same on the host."""
-        if self._decode is not None and self._decode.goes_on(plan, len(chosen)):
+    def gather(self, plan: StepPlan, previous: torch.Tensor, chosen: Sequence[int] | None) -> StepInputs:
+        """The batch of a plan that has rows. previous: [S] tokens sampled by the step before, on the device; chosen: the same on the host, None
+        while only the device knows them.
+        """
+        if self._decode is not None and self._decode.goes_on(plan, len(previous if chosen is None else chosen)):
             return self._decode.move(self._device, previous, chosen)
         num_rows, num_tokens = len(plan.slots), plan.num_tokens
         slots = np.array(plan.slots, dtype=np.int64)
@@ -192,7 +194,7 @@ class _Decode:
             and plan.prev_rows == self._order
         )
 
-    def move(self, device: DeviceBackend, previous: torch.Tensor, chosen: Sequence[int]) -> StepInputs:
+    def move(self, device: DeviceBackend, previous: torch.Tensor, chosen: Sequence[int] | None) -> StepInputs:
         """The next step, in the tensors of this one."""
         size, positions, kv_lens, inputs = self._block_size, self._positions, self._kv_lens, self._inputs
         is_rewritten, self._is_rewritten = self._is_rewritten, False
@@ -204,7 +206,7 @@ class _Decode:
             for row in self._order:
                 index, offset = divmod(positions[row], size)
                 flat[row] = flat[row] + 1 if offset and not is_rewritten else table[row, index] * size + offset
-        if self._token_ids is not None:
+        if self._token_ids is not None and chosen is not None:
             for row in self._order:
                 self._token_ids[row] = chosen[row]
             return inputs

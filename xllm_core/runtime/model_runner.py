@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from xllm_core.plugins.contracts.attention import AttentionKernel
-from xllm_core.plugins.contracts.device import DeviceBackend
+from xllm_core.plugins.contracts.device import AsyncDevice, DeviceBackend
 from xllm_core.plugins.contracts.model import ForwardContext, Model
 from xllm_core.plugins.contracts.sampling import Sampler
 from xllm_core.runtime.graphs import StepGraphs
@@ -19,7 +20,7 @@ from xllm_core.runtime.inputs import InputBuffers, StepInputs
 from xllm_core.runtime.kv_cache import KVCache
 from xllm_core.runtime.logprobs import score_rows, score_targets
 from xllm_core.runtime.sampling_state import SamplingState
-from xllm_core.types import StepPlan, StepResult, StepTimes, TokenLogprobs
+from xllm_core.types import PendingResult, StepPlan, StepResult, StepTimes, TokenLogprobs
 
 _NO_MODE = nullcontext()
 """For tensors that need none: a replay's, of which nothing is recorded either."""
@@ -53,7 +54,9 @@ class ModelRunner:
         self._copy_blocks = copy_blocks
         self.graphs = graphs
         self._previous = torch.zeros(0, dtype=torch.int64, device=device.facts().torch_device)
-        self._chosen: list[int] = []
+        self._chosen: list[int] | None = []  # None: only the device knows them yet
+        self._to_host = device.to_host if isinstance(device, AsyncDevice) else None
+        self._ended_s = 0.0  # when the tokens of the last step that was waited for were there
 
     def forward(self, plan: StepPlan, on_launch: Callable[[], None]) -> RunnerHandle:
         """Run the forward of the plan's rows, if it has any; `apply` came before. on_launch: called when everything is laid out for it."""
@@ -112,15 +115,16 @@ class ModelRunner:
             handle.hidden, handle.inputs = hidden, inputs
         return prepared_s
 
-    def sample(self, handle: RunnerHandle) -> StepResult:
-        """Choose a token for every sample of the handle's plan."""
+    def sample(self, handle: RunnerHandle) -> StepResult | PendingResult:
+        """Choose a token for every sample of the handle's plan. Pending where nothing but the engine needs the tokens on the host."""
         started_s = time.perf_counter()
         plan, logits = handle.plan, handle.logits
         with torch.inference_mode() if logits is None or logits.is_inference() else _NO_MODE:
-            result = self._sample(plan, logits) if logits is not None else StepResult(())
+            result = self._sample(handle, logits) if logits is not None else StepResult(())
             if not plan.sample_rows:
                 self._previous, self._chosen = self._previous[:0], []
             if handle.hidden is not None and handle.inputs is not None:
+                assert isinstance(result, StepResult)
                 result.prompt_logprobs = self._score_prompts(plan, handle.hidden, handle.inputs)
         handle.times.sample_s = time.perf_counter() - started_s
         return result
@@ -168,14 +172,18 @@ class ModelRunner:
             return logits
         return logits[self._device.to_device(torch.from_numpy(repeat))]
 
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> StepResult:
-        sampling, slots = self._sampling, plan.sample_slots
+    def _sample(self, handle: RunnerHandle, logits: torch.Tensor) -> StepResult | PendingResult:
+        sampling, plan = self._sampling, handle.plan
+        slots = plan.sample_slots
         counts = sampling.num_logprobs(slots)
         # Processors and samplers write into the logits, and reported logprobs are those of the model.
         raw = logits.clone() if counts is not None else logits
         if sampling.has_processors:
             logits = sampling.process(logits, slots)
         tokens = self._sampler.sample(logits, sampling.batch(slots, plan.sample_positions))
+        if self._to_host is not None and counts is None and handle.hidden is None and not sampling.has_processors:
+            self._previous, self._chosen = tokens, None
+            return PendingResult(partial(self._wait, handle.times, self._to_host(tokens)))
         chosen: list[int] = tokens.tolist()
         self._previous, self._chosen = tokens, chosen
         sampling.observe(slots, chosen)
@@ -183,6 +191,16 @@ class ModelRunner:
         if counts is not None:
             logprobs = [[s] if s is not None else None for s in score_rows(raw, chosen, counts)]
         return StepResult([(t,) for t in chosen], logprobs)
+
+    def _wait(self, times: StepTimes, arrived: Callable[[], torch.Tensor]) -> StepResult:
+        """The engine's thread waits here, step by step."""
+        chosen = arrived().tolist()
+        ended_s = time.perf_counter()
+        calls_s = times.prepare_s + times.forward_s
+        started_s = max(times.forward_ended_s - calls_s, self._ended_s)  # before, the device was busy with another step
+        times.sample_s = max(times.sample_s, ended_s - started_s - calls_s)
+        times.forward_ended_s = self._ended_s = ended_s
+        return StepResult([(t,) for t in chosen])
 
     def _score_prompts(
         self, plan: StepPlan, hidden: torch.Tensor, inputs: StepInputs

@@ -9,7 +9,7 @@ from typing import cast
 
 from xllm_core.errors import ConfigError
 from xllm_core.plugins.contracts.attention import AttentionKernel
-from xllm_core.plugins.contracts.device import DeviceBackend, LazyMemoryDevice
+from xllm_core.plugins.contracts.device import AsyncDevice, DeviceBackend, LazyMemoryDevice
 from xllm_core.plugins.contracts.graphs import GraphDevice, GraphKernel
 from xllm_core.plugins.contracts.kv import KVGeometry, KVMover, KVStore
 from xllm_core.plugins.contracts.model import Model
@@ -19,7 +19,7 @@ from xllm_core.runtime.inputs import InputBuffers
 from xllm_core.runtime.kv_cache import KVCache, PagesAhead
 from xllm_core.runtime.model_runner import ModelRunner, RunnerHandle
 from xllm_core.runtime.sampling_state import SamplingState
-from xllm_core.types import StepPlan, StepResult
+from xllm_core.types import PendingResult, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Worker:
                 cast(GraphDevice, parts.device), parts.model, cast(Mapping[str, GraphKernel], parts.kernels), max_rows=num_slots,
                 max_blocks=inputs.max_blocks,
             )  # fmt: skip
-            if graphs.resident.token_ids.is_cpu:
+            if graphs.resident.token_ids.is_cpu and not isinstance(parts.device, AsyncDevice):
                 inputs.resident = graphs.resident
         self._runner = ModelRunner(
             parts.device, parts.model, kernels=parts.kernels, inputs=inputs, cache=self.cache, sampler=parts.sampler,
@@ -90,7 +90,7 @@ class Worker:
         """As `engine.executor.IdleWorker`."""
         return self._pages is not None and self._pages.get_some()
 
-    def sample(self, handle: RunnerHandle) -> StepResult:
+    def sample(self, handle: RunnerHandle) -> StepResult | PendingResult:
         """Choose tokens; report transfers that ended."""
         result = self._runner.sample(handle)
         if self._mover is not None:

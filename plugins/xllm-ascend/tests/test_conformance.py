@@ -14,6 +14,7 @@ PARTS = (
 
 NOT_HERE = (
     "gives memory its pages at once",
+    "computes while the host waits",
     "promise rows",
     "records no graphs",
     "no plans that stay in place",

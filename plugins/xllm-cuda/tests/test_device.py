@@ -16,7 +16,7 @@ import torch
 from xllm_cuda import graphs
 from xllm_cuda.device import CudaDevice
 
-from xllm_core.plugins import GraphDevice, NotCapturableError
+from xllm_core.plugins import AsyncDevice, GraphDevice, NotCapturableError
 
 NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing"
 POOL = (0, 7)
@@ -84,6 +84,10 @@ class Event:
         assert stream is not None
         self.recorded = stream, len(stream.queue)
 
+    def synchronize(self) -> None:
+        stream, position = self.recorded
+        stream.reach(position)
+
 
 class Graph:
     """Work that is queued again at each replay."""
@@ -133,6 +137,14 @@ class Pinned(torch.Tensor):
         there.used_on = []
         self.gpu.submit(lambda: there.copy_(source))
         return there
+
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Pinned:  # type: ignore[override]
+        if non_blocking:
+            self.gpu.submit(lambda: self.as_subclass(torch.Tensor).copy_(source))
+        else:
+            self.as_subclass(torch.Tensor).copy_(source)
+        return self
 
 
 class OnDevice(torch.Tensor):
@@ -240,6 +252,20 @@ def test_a_copy_arrives_before_it_is_read_and_waits_for_nobody(gpu: Gpu) -> None
     gpu.submit(lambda: seen.extend([first.tolist(), second.tolist(), third.tolist()]))
     gpu.default.synchronize()
     assert ran == ["step before"] and seen == [[1, 2, 3], [9, 9, 9], [4]]
+
+
+def test_what_comes_back_does_not_wait_for_the_next_step(gpu: Gpu) -> None:
+    """Killed by: a copy that is read before it is made, one that waits for all that was submitted, or holds what came later."""
+    device, ran = CudaDevice(), []
+    assert isinstance(device, AsyncDevice)
+    tokens = torch.zeros(2, dtype=torch.int64)
+    gpu.submit(lambda: tokens.copy_(torch.tensor([3, 4])))
+    arrived = device.to_host(tokens)
+    gpu.submit(lambda: ran.append("next step"))
+    gpu.submit(lambda: tokens.zero_())
+    assert arrived().tolist() == [3, 4] and ran == []
+    gpu.default.synchronize()
+    assert ran == ["next step"] and arrived().tolist() == [3, 4]
 
 
 def test_to_wait_for_the_device_is_to_wait_for_copies_too(gpu: Gpu) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -74,3 +74,13 @@ class LazyMemoryDevice(DeviceBackend, Protocol):
 
     def populate(self, tensor: torch.Tensor) -> None:
         """Get those of a contiguous part of an allocation now. What it holds stays."""
+
+
+@runtime_checkable
+class AsyncDevice(DeviceBackend, Protocol):
+    """A `DeviceBackend` that computes while the host goes on, so that a step can be launched before the tokens of the one before are known."""
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to copy a tensor to the host, as earlier work of the step leaves it. The call of what is returned waits for the copy, on whatever
+        thread, and not for work that was submitted later; it raises what the device's work raised.
+        """

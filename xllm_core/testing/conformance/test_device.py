@@ -94,6 +94,28 @@ def test_copies(part: Part, device: DeviceBackend) -> None:
         assert result.cpu().tolist() == list(range(step + 1, step + 258))
 
 
+def test_what_comes_back_is_of_its_time(part: Part, device: DeviceBackend) -> None:
+    """A copy to the host that is waited for later, and on another thread, holds what was there when it was asked for."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from xllm_core.plugins.contracts.device import AsyncDevice
+
+    if not isinstance(device, AsyncDevice):
+        pytest.skip(f"{device.facts().name} computes while the host waits")
+    tensor = device.allocate((257,), torch.int64)
+    arrived = []
+    for step in range(8):
+        tensor += step
+        arrived.append(device.to_host(tensor))
+    tensor.zero_()
+    with ThreadPoolExecutor(1) as other:
+        copies = list(other.map(lambda wait: wait(), arrived))
+    for step, copy in enumerate(copies):
+        assert copy.device.type == "cpu" and copy.tolist() == [step * (step + 1) // 2] * 257
+
+
 def test_a_model_finds_what_it_asks_for(part: Part, device: DeviceBackend, xllm_kit: Kit) -> None:
     """Every op of the core, attention and a sampler are offered for this device, in every dtype that it names."""
     subject = xllm_kit.subject

@@ -16,7 +16,7 @@ from xllm_cuda.probe import MIN_CAPABILITY
 
 
 class CudaDevice:
-    """`GraphDevice`. Build and use it on one thread: CUDA's current device belongs to a thread, and kernels are launched there.
+    """`GraphDevice` and `AsyncDevice`. Build and use it on one thread: CUDA's current device belongs to a thread, and kernels are launched there.
 
     index: as CUDA counts visible devices.
     """
@@ -39,6 +39,9 @@ class CudaDevice:
         self._device = torch.device("cuda", index)
         self._name = torch.cuda.get_device_name(index)
         torch.cuda.set_device(self._device)
+        # cuBLAS adds the parts of a sum that it splits in float32, as the definition of `linear` does: torch lets it round them to 16 bits.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._copies = torch.cuda.Stream(self._device)
         self._arrived = torch.cuda.Event()
         self._recorder = GraphRecorder(self._device)
@@ -98,6 +101,19 @@ class CudaDevice:
         current.wait_event(self._arrived)  # as it is now: that it is recorded again for the next copy changes nothing
         there.record_stream(current)  # its memory is the copies' again only when the current stream is done with it
         return there
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Copied to a pinned place on the current stream; who waits for it waits for an event, with the interpreter free."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self._device))
+
+        def wait() -> torch.Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
 
     def capture(self, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[CudaGraph, torch.Tensor]:
         """By CUDA's stream capture; as the contract says."""

@@ -116,33 +116,65 @@ def _attend(
     # Steps of BLOCK_N begin at multiples of it, so that a key is always added in the same company.
     begin = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     end = tl.minimum(split * SPLIT + SPLIT, num_keys)
-    for start in range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
+    # Up to the last key that the first query sees every score counts, unless there is a window: nothing is masked there.
+    middle = begin
+    if WINDOW == 0:
+        middle = tl.maximum(begin, tl.minimum(end, (first_position + 1) // BLOCK_N * BLOCK_N))
+    table = tables + table_row * stride_table
+    k_head, v_head = k + kv_head * stride_kv_head, v + kv_head * stride_kv_head
+    # What would be computed once for all steps takes registers from each of them: it spilled.
+    for start in tl.range(begin, middle, BLOCK_N, disable_licm=True):
+        row_max, row_sum, acc = _step(
+            tile_q, k_head, v_head, table, start, position, first_key, num_keys, row_max, row_sum, acc, scale, soft_cap, stride_block,
+            stride_slot, HEAD_SIZE, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_N, BLOCK_D, PRECISION, False,
+        )  # fmt: skip
+    for start in range(middle, end, BLOCK_N):
+        row_max, row_sum, acc = _step(
+            tile_q, k_head, v_head, table, start, position, first_key, num_keys, row_max, row_sum, acc, scale, soft_cap, stride_block,
+            stride_slot, HEAD_SIZE, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_N, BLOCK_D, PRECISION, True,
+        )  # fmt: skip
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _step(
+    tile_q, k, v, table, start, position, first_key, num_keys, row_max, row_sum, acc, scale, soft_cap, stride_block, stride_slot,
+    HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N keys from `start` on, of one KV head. Without IS_MASKED every query sees all of them. Rows beyond the tile's queries are nobody's."""
+    d = tl.arange(0, BLOCK_D)
+    key = start + tl.arange(0, BLOCK_N)
+    is_element = d < HEAD_SIZE
+    if IS_MASKED:
         is_key = (key >= first_key) & (key < num_keys)
-        block = tl.load(tables + table_row * stride_table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        kv_offsets = block * stride_block + (key % BLOCK_SIZE) * stride_slot + kv_head * stride_kv_head
-        tile_k = tl.load(k + kv_offsets[None, :] + d[:, None], mask=is_key[None, :] & is_element[:, None], other=0.0)
-        scores = tl.dot(tile_q, tile_k, input_precision=PRECISION) * scale
-        if HAS_SOFT_CAP:
-            # tanh by exp2 of a negative number, which cannot overflow; then in units of log2(e) as without a cap.
-            ratio = tl.exp2(-2.8853900817779268 * tl.abs(scores) / soft_cap)
-            tanh = (1 - ratio) / (1 + ratio)
-            scores = tl.where(scores < 0, -tanh, tanh) * soft_cap * 1.4426950408889634
-        is_visible = is_key[None, :] & (key[None, :] <= position[:, None]) & is_row[:, None]
+        block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        k_mask, v_mask = is_key[None, :] & is_element[:, None], is_key[:, None] & is_element[None, :]
+    else:
+        block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
+        k_mask, v_mask = is_element[:, None], is_element[None, :]
+    offsets = block * stride_block + (key % BLOCK_SIZE) * stride_slot
+    tile_k = tl.load(k + offsets[None, :] + d[:, None], mask=k_mask, other=0.0)
+    scores = tl.dot(tile_q, tile_k, input_precision=PRECISION) * scale
+    if HAS_SOFT_CAP:
+        # tanh by exp2 of a negative number, which cannot overflow; then in units of log2(e) as without a cap.
+        ratio = tl.exp2(-2.8853900817779268 * tl.abs(scores) / soft_cap)
+        tanh = (1 - ratio) / (1 + ratio)
+        scores = tl.where(scores < 0, -tanh, tanh) * soft_cap * 1.4426950408889634
+    if IS_MASKED:
+        is_visible = is_key[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             is_visible = is_visible & (position[:, None] - key[None, :] < WINDOW)
         scores = tl.where(is_visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen nothing yet has no maximum to subtract.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(row_max - base)
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-        tile_v = tl.load(v + kv_offsets[:, None] + d[None, :], mask=is_key[:, None] & is_element[None, :], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(tile_v.dtype), tile_v, input_precision=PRECISION)
-        row_max = new_max
-
-    return row_max, row_sum, acc
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # A row that has seen nothing yet has no maximum to subtract.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(row_max - base)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    tile_v = tl.load(v + offsets[:, None] + d[None, :], mask=v_mask, other=0.0)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(tile_v.dtype), tile_v, input_precision=PRECISION)
+    return new_max, row_sum, acc
 
 
 @triton.jit

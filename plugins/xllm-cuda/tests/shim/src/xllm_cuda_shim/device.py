@@ -27,7 +27,7 @@ class ShimGraph:
 
 
 class ShimDevice:
-    """`GraphDevice` of kind "cuda" whose memory is the host's. No bfloat16: the interpreter computes it wrongly."""
+    """`GraphDevice` and `AsyncDevice` of kind "cuda" whose memory is the host's. No bfloat16: the interpreter computes it wrongly."""
 
     def __init__(self, index: int = 0) -> None:
         self._allocated_bytes = 0
@@ -61,6 +61,11 @@ class ShimDevice:
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """A copy, as a GPU makes one: what is written to `host` later is not seen."""
         return host.clone()
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What is there now, when it is asked for."""
+        copy = tensor.clone()
+        return lambda: copy
 
     def capture(self, run: Callable[[], torch.Tensor], max_rows: int) -> tuple[ShimGraph, torch.Tensor]:
         """Twice, as the GPU needs it."""
