@@ -76,9 +76,7 @@ def test_mixed_rows(vocab: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.02, 1.0, 20.0])
 def test_rows_as_flat_and_as_steep_as_they_come(spread: float) -> None:
-    """Flat rows leave more open than there is room for, steep ones reach into the bin without an end. Killed by: the room's end not seen, a
-    score beyond the last bin put into another.
-    """
+    """Flat rows leave more open than there is room for, steep ones reach into the bin without an end. Killed by: the room's end not seen."""
     filters = [(1.0, 100, 1.0), (1.0, 0, 0.5), (1.0, 100, 0.7), (1.0, 190, 0.99), (0.2, 0, 0.999)]
     rows = [(*columns, 0.0) for columns in filters]
     batch, logits = batch_of(rows), random_logits(len(rows), 200, spread)
@@ -140,9 +138,7 @@ def test_the_smallest_of_equal_tokens_wins() -> None:
 
 @pytest.mark.slow
 def test_masked_tokens_are_never_chosen() -> None:
-    """Rows of which little, one token or nothing is left, and fewer than top-k wants. Killed by: -inf less -inf, a chunk that has nothing and
-    wins, a masked row that finds no room.
-    """
+    """Rows of which little, one token or nothing is left, and fewer than top-k wants. Killed by: -inf less -inf."""
     vocab = 5 * CHUNK - 7
     rows = [row for row in MIXED[::2] for _ in range(2)]
     batch, logits = batch_of(rows), random_logits(len(rows), vocab)

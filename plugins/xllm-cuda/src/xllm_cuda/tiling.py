@@ -131,5 +131,5 @@ def sampler_tiling(vocab_size: int) -> SamplerTiling:
     padded = next_power_of_2(vocab_size)
     chunk = max(1024, min(8192, padded))
     return SamplerTiling(
-        chunk, block=1024, wide_block=min(4096, chunk), room=min(16384, padded), num_warps=8, row_warps=16
+        chunk, block=512, wide_block=min(4096, chunk), room=min(16384, padded), num_warps=8, row_warps=16
     )  # fmt: skip
