@@ -63,7 +63,7 @@ MIXED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab", [1, 3, CHUNK, CHUNK + 1, 5 * CHUNK - 7])
+@pytest.mark.parametrize("vocab", [1, 3, CHUNK, CHUNK + 1, 9 * CHUNK - 7])
 def test_mixed_rows(vocab: int) -> None:
     """Vocabularies of one chunk and of several, that end with a chunk and not. Killed by: a chunk too few, a token read beyond the row, a row
     that takes the way of another kind.
