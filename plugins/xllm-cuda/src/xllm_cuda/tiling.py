@@ -113,12 +113,23 @@ def rope_tiling(num_heads: int, num_kv_heads: int, head_size: int, rotated: int,
 
 @dataclass(frozen=True, slots=True)
 class SamplerTiling:
-    """block: tokens read at a time."""
+    """chunk: tokens of one program. block, wide_block: read at a time, where that takes many registers and where few.
 
+    room: tokens of a row that one program can be left with. num_warps: of a chunk, row_warps: of a row.
+    """
+
+    chunk: int
     block: int
+    wide_block: int
+    room: int
     num_warps: int
+    row_warps: int
 
 
 def sampler_tiling(vocab_size: int) -> SamplerTiling:
-    """Rows of logits in pieces; one program has a row to itself. A piece times sixteen digits must fit into registers: the wider piece spilled."""
-    return SamplerTiling(min(1024, next_power_of_2(vocab_size)), num_warps=16)
+    """Chunks that give every processor work at a few rows. A block times sixteen digits must fit into registers: a wider block spilled."""
+    padded = next_power_of_2(vocab_size)
+    chunk = max(1024, min(8192, padded))
+    return SamplerTiling(
+        chunk, block=512, wide_block=min(4096, chunk), room=min(16384, padded), num_warps=8, row_warps=16
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from xllm_cuda import attention, ops, sampler
 _LAUNCHERS = {
     attention: ("attend_tiles", "merge_splits", "attend_in_place", "merge_in_place"),
     ops: ("rms_norm_rows", "add_rms_norm_rows", "rope_heads", "silu_mul_rows", "write_entries", "copy_rows"),
-    sampler: ("sample_rows",),
+    sampler: ("best_of_chunks", "score_chunks", "part_chunks", "choose_tokens"),
 }
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",

@@ -1,7 +1,9 @@
-"""Token choice without sorting: every filter is a threshold on the score, and a threshold is found four bits at a time.
+"""Token choice without sorting: what chunks of a row share, and the choice itself by thresholds that are found four bits at a time.
 
 Floats are read as integers that keep their order. Counting (top-k) or weighing (top-p) the sixteen values of the next four bits tells which of them
 holds the threshold; eight rounds give it exactly. Noise is `xllm_core.plugins.gumbel`: SplitMix64 of (stream key, token id).
+
+A row is shared by one program per chunk until few tokens are left to look at: see `sampling_chunks`.
 """
 
 from __future__ import annotations
@@ -38,26 +40,75 @@ def gumbel_noise(key, token_ids):
 
 
 @triton.jit
-def row_scores(logits, start, vocab, best, temperature, BLOCK: tl.constexpr):
-    """(token ids, scores counted from the likeliest, divided by the temperature); -inf beyond the row."""
-    token = start + tl.arange(0, BLOCK)
-    raw = tl.load(logits + token, mask=token < vocab, other=float("-inf"))
-    return token, tl.div_rn(raw - best, tl.zeros_like(raw) + temperature)
+def row_scores(values, start, length, best, temperature, BLOCK: tl.constexpr):
+    """(places, scores counted from the likeliest, divided by the temperature); -inf beyond the row. values: [length] float32."""
+    place = start + tl.arange(0, BLOCK)
+    raw = tl.load(values + place, mask=place < length, other=float("-inf"))
+    return place, tl.div_rn(raw - best, tl.zeros_like(raw) + temperature)
 
 
 @triton.jit
-def top_k_threshold(logits, vocab, best, temperature, top_k, BLOCK: tl.constexpr):
-    """The top_k-th largest score of a row, ties counted, as `ordered` gives it. 1 <= top_k <= vocab."""
+def row_filters(top_ks, top_ps, row, vocab, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr):
+    """(top_k, 0 where it is off or keeps all, top_p, 1 where it is off) of a row: int32, float32."""
+    top_k = tl.zeros([], tl.int32)
+    top_p = tl.full([], 1.0, tl.float32)
+    if HAS_TOP_K:
+        wanted = tl.load(top_ks + row)
+        top_k = tl.where((wanted > 0) & (wanted < vocab), wanted, 0).to(tl.int32)
+    if HAS_TOP_P:
+        top_p = tl.load(top_ps + row)
+    return top_k, top_p
+
+
+@triton.jit
+def min_p_score(min_ps, row, HAS_MIN_P: tl.constexpr):
+    """The least score that min-p keeps: the likeliest scores 0."""
+    lowest = tl.full([], float("-inf"), tl.float32)
+    if HAS_MIN_P:
+        min_p = tl.load(min_ps + row)
+        lowest = tl.where(min_p > 0, tl.log(tl.where(min_p > 0, min_p, 1.0)), lowest)
+    return lowest
+
+
+@triton.jit
+def better_of(values, tokens, is_valid, best, best_token):
+    """(highest value, its token) of `values`, [N] float32, and of what was best before; of equal ones the smallest token. tokens: [N] int32."""
+    values = tl.where(is_valid, values, float("-inf"))
+    high = tl.max(values, 0)
+    token = tl.min(tl.where(values == high, tokens, 2147483647), 0)
+    is_better = (high > best) | ((high == best) & (high > float("-inf")) & (token < best_token))
+    return tl.where(is_better, high, best), tl.where(is_better, token, best_token)
+
+
+@triton.jit
+def merge_chunks(maxima, tokens, row, num_chunks, CHUNKS: tl.constexpr):
+    """(highest, its token) over the chunks of a row; token 0 where all are -inf. maxima, tokens: [S, num_chunks]."""
+    chunk = tl.arange(0, CHUNKS)
+    is_chunk = chunk < num_chunks
+    values = tl.load(maxima + row * num_chunks + chunk, mask=is_chunk, other=float("-inf"))
+    at = tl.load(tokens + row * num_chunks + chunk, mask=is_chunk, other=0)
+    return better_of(values, at, is_chunk, tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.int32))
+
+
+@triton.jit
+def merge_weights(weights, row, num_chunks, CHUNKS: tl.constexpr):
+    """The sum over the chunks of a row, in one order always. weights: [S, num_chunks] float32."""
+    chunk = tl.arange(0, CHUNKS)
+    return tl.sum(tl.load(weights + row * num_chunks + chunk, mask=chunk < num_chunks, other=0.0), 0)
+
+
+@triton.jit
+def top_k_threshold(values, length, best, temperature, wanted, BLOCK: tl.constexpr):
+    """The score with that rank, ties counted, as `ordered` gives it. 1 <= wanted <= length, int32."""
     digit = tl.arange(0, 16)
     prefix = tl.zeros([], tl.uint32)
-    wanted = top_k.to(tl.int32)
     for shift_at in range(8):
         shift = 28 - 4 * shift_at
         counts = tl.zeros([16], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            token, scores = row_scores(logits, start, vocab, best, temperature, BLOCK)
+        for start in range(0, length, BLOCK):
+            place, scores = row_scores(values, start, length, best, temperature, BLOCK)
             keys = ordered(scores)
-            is_candidate = (token < vocab) & ((keys >> shift >> 4) == prefix)
+            is_candidate = (place < length) & ((keys >> shift >> 4) == prefix)
             is_here = is_candidate[:, None] & (((keys >> shift) & 15)[:, None] == digit[None, :])
             counts += tl.sum(is_here.to(tl.int32), 0)
         at_least = tl.cumsum(counts, 0, reverse=True)
@@ -68,23 +119,25 @@ def top_k_threshold(logits, vocab, best, temperature, top_k, BLOCK: tl.constexpr
 
 
 @triton.jit
-def top_p_threshold(logits, vocab, best, temperature, floor, top_p, BLOCK: tl.constexpr):
-    """The smallest score, of those not below `floor`, whose betters weigh less than top_p of all of these; the likeliest in any case."""
+def top_p_threshold(values, length, best, temperature, floor, top_p, above, total, BLOCK: tl.constexpr):
+    """The smallest score, of those not below `floor`, whose betters weigh less than top_p of all; the likeliest of them in any case.
+
+    above: weight of what is better than all `values`. total: of all, or 0 where that is `above` and the values not below `floor`.
+    """
     digit = tl.arange(0, 16)
     prefix = tl.zeros([], tl.uint32)
-    above = tl.zeros([], tl.float32)
     limit = tl.zeros([], tl.float32)
     for shift_at in range(8):
         shift = 28 - 4 * shift_at
         weights = tl.zeros([16], tl.float32)
-        for start in range(0, vocab, BLOCK):
-            token, scores = row_scores(logits, start, vocab, best, temperature, BLOCK)
+        for start in range(0, length, BLOCK):
+            place, scores = row_scores(values, start, length, best, temperature, BLOCK)
             keys = ordered(scores)
-            is_candidate = (token < vocab) & (keys >= floor) & ((keys >> shift >> 4) == prefix)
+            is_candidate = (place < length) & (keys >= floor) & ((keys >> shift >> 4) == prefix)
             is_here = is_candidate[:, None] & (((keys >> shift) & 15)[:, None] == digit[None, :])
             weights += tl.sum(tl.where(is_here, tl.exp(scores)[:, None], 0.0), 0)
         if shift_at == 0:  # every candidate was weighed
-            limit = top_p * tl.sum(weights, 0)
+            limit = top_p * tl.where(total > 0, total, above + tl.sum(weights, 0))
         at_least = tl.cumsum(weights, 0, reverse=True)
         is_open = (weights > 0) & (above + (at_least - weights) < limit)
         heaviest = tl.max(tl.where(weights > 0, digit, 0), 0)
@@ -95,48 +148,50 @@ def top_p_threshold(logits, vocab, best, temperature, floor, top_p, BLOCK: tl.co
 
 
 @triton.jit
-def sample_rows(
-    logits, temperatures, top_ks, top_ps, min_ps, keys, chosen, stride_row, vocab,
-    HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr, BLOCK: tl.constexpr,
+def choose_tokens(
+    logits, maxima, tokens, noised, noised_tokens, weights, sure_weights, facts, open_logits, open_tokens,
+    temperatures, top_ks, top_ps, min_ps, keys, chosen, stride_row, vocab, num_chunks,
+    HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr,
+    CHUNKS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row. logits: [S, V] float32, only read; temperatures, top_ps, min_ps: [S] float32; top_ks, keys, chosen: [S] int64.
+    """One program: one row, from what its chunks found. Writes chosen, [S] int64; the rest as in `sampling_chunks`.
 
-    Temperature 0 takes the likeliest; top_k 0 and top_p 1 are off. Of equal scores the smallest token id wins.
+    Where the open tokens found no room, the whole row is searched instead.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride_row
+    best, token = merge_chunks(maxima, tokens, row, num_chunks, CHUNKS)
     temperature = tl.load(temperatures + row)
-    best = tl.full([], float("-inf"), tl.float32)
-    best_token = tl.zeros([], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        raw = tl.load(logits + token, mask=token < vocab, other=float("-inf"))
-        high = tl.max(raw, 0)
-        at = tl.min(tl.where((raw == high) & (token < vocab), token, vocab), 0)
-        best_token = tl.where(high > best, at, best_token)
-        best = tl.maximum(best, high)
-    if temperature > 0:
-        floor = tl.zeros([], tl.uint32)
-        if HAS_TOP_K:
-            top_k = tl.load(top_ks + row)
-            if (top_k > 0) & (top_k < vocab):
-                floor = top_k_threshold(logits, vocab, best, temperature, top_k, BLOCK)
-        if HAS_TOP_P:
-            top_p = tl.load(top_ps + row)
-            if top_p < 1:
-                floor = tl.maximum(floor, top_p_threshold(logits, vocab, best, temperature, floor, top_p, BLOCK))
-        if HAS_MIN_P:
-            min_p = tl.load(min_ps + row)
-            if min_p > 0:
-                floor = tl.maximum(floor, ordered(tl.log(min_p)))
-        key = tl.load(keys + row)
-        best_noised = tl.full([], float("-inf"), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            token, scores = row_scores(logits, start, vocab, best, temperature, BLOCK)
-            is_kept = (token < vocab) & (ordered(scores) >= floor)
-            noised = tl.where(is_kept, scores + gumbel_noise(key, token.to(tl.int64)), float("-inf"))
-            high = tl.max(noised, 0)
-            at = tl.min(tl.where(noised == high, token, vocab), 0)
-            best_token = tl.where(high > best_noised, at, best_token)
-            best_noised = tl.maximum(best_noised, high)
-    tl.store(chosen + row, best_token.to(tl.int64))
+    if (temperature > 0) & (tl.abs(best) < float("inf")):
+        high, high_token = merge_chunks(noised, noised_tokens, row, num_chunks, CHUNKS)
+        if HAS_TOP_K or HAS_TOP_P:
+            top_k, top_p = row_filters(top_ks, top_ps, row, vocab, HAS_TOP_K, HAS_TOP_P)
+            if (top_k > 0) | (top_p < 1):
+                num_open = tl.load(facts + row * 2)
+                has_room = num_open <= ROOM
+                values = open_logits + row * ROOM
+                if num_open > ROOM:
+                    values = logits + row * stride_row
+                length = tl.where(has_room, num_open, vocab)
+                wanted = tl.where(has_room, tl.load(facts + row * 2 + 1), top_k)
+                floor = tl.zeros([], tl.uint32)
+                if HAS_TOP_K:
+                    if wanted > 0:
+                        floor = top_k_threshold(values, length, best, temperature, wanted, BLOCK)
+                if HAS_TOP_P:
+                    if top_p < 1:
+                        above = tl.where(has_room, merge_weights(sure_weights, row, num_chunks, CHUNKS), 0.0)
+                        total = tl.where(wanted > 0, 0.0, merge_weights(weights, row, num_chunks, CHUNKS))
+                        by_p = top_p_threshold(values, length, best, temperature, floor, top_p, above, total, BLOCK)
+                        floor = tl.maximum(floor, by_p)
+                lowest = min_p_score(min_ps, row, HAS_MIN_P)
+                key = tl.load(keys + row)
+                high = tl.where(has_room, high, float("-inf"))
+                for start in range(0, length, BLOCK):
+                    place, scores = row_scores(values, start, length, best, temperature, BLOCK)
+                    named = tl.load(open_tokens + row * ROOM + place, mask=has_room & (place < length), other=0)
+                    at = tl.where(has_room, named, place)
+                    is_kept = (place < length) & (ordered(scores) >= floor) & (scores >= lowest)
+                    value = scores + gumbel_noise(key, at.to(tl.int64))
+                    high, high_token = better_of(value, at, is_kept, high, high_token)
+        token = tl.where(high > float("-inf"), high_token, token)
+    tl.store(chosen + row, token.to(tl.int64))
