@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from xllm_cuda import attention as launches
@@ -108,6 +110,31 @@ def test_a_plan_in_place_is_any_step(programs: int, window: int | None, monkeypa
         if len(lengths) <= 2:  # another graph of the same kernel: they share the partial results
             attention.refill(other, batch.layout())
             assert torch.equal(attend(attention, DEVICE, batch, plan=other, room=2), want), lengths
+
+
+def test_short_rows_are_laid_out_as_others_are() -> None:
+    """Steps of one token a row have a way of their own, until a row needs a second split. Killed by: a column that is another there."""
+    attention, short = kernel(geometry(), 64), [3, 64, 1, 17]
+    tiles = [make_batch(geometry(), [(1, length) for length in lengths]).layout() for lengths in (short, [*short, 65])]
+    quick, general = (attention.plan(layout).launches[0].tiles for layout in tiles)
+    assert len(general) == len(short) + 2 and torch.equal(quick, general[: len(short)])
+
+
+def test_block_tables_are_copied_when_they_change() -> None:
+    """Also where the caller writes the next step into the same array. Killed by: a table that is taken for the one before."""
+    attention, batch = kernel(geometry()), make_batch(geometry(), [(1, 40), (1, 22)])
+    plan, tables = attention.graph_plan(2, 20), batch.layout().block_tables
+    for step in range(3):
+        layout = replace(batch.layout(), block_tables=tables)
+        attention.refill(plan, layout)
+        assert torch.equal(plan.tables[:2, : tables.shape[1]].cpu(), tables)
+        before = plan.seen
+        attention.refill(plan, layout)
+        assert plan.seen is before
+        tables[step % 2, step] += 1
+    attention.refill(plan, make_batch(geometry(), [(1, 7)]).layout())
+    attention.refill(plan, replace(batch.layout(), block_tables=tables))
+    assert torch.equal(plan.tables[:2, : tables.shape[1]].cpu(), tables)
 
 
 def test_a_plan_in_place_stays_and_has_room_for_the_longest_rows() -> None:

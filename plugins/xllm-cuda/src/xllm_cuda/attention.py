@@ -24,6 +24,7 @@ _HEADER, _MERGE_FIELDS, _TILE_FIELDS = 8, 4, 8
 _PADDING_ROW, _PADDING = np.array([1, 1, 0, 0, 0, 0, 0, 0]), np.array([0, 0, 0, 1, 0, 0, 0, -1])
 """A tile of padding: what is counted by its row, and what all have: one query, no keys, and its answer right in its place."""
 Ints = npt.NDArray[np.int32]
+_NO_TABLES, _NO_MERGES = np.zeros((0, 0), dtype=np.int32), np.zeros((0, _MERGE_FIELDS), dtype=np.int32)
 
 
 @dataclass(slots=True)
@@ -53,7 +54,8 @@ class AttentionPlan:
 class PlanInPlace:
     """Any step of up to R rows of one token. tables: [R, max blocks] int32 on the device. ints: int32 on the device, of which the rest are views.
 
-    header: [4] int64, tiles: [N, 8], merges: [R, 4], as the kernels read them; N is what the longest rows need.
+    header: [4] int64, tiles: [N, 8], merges: [R, 4], as the kernels read them; N is what the longest rows need. seen: what the first rows of
+    `tables` are, on the host.
     """
 
     tables: torch.Tensor
@@ -62,6 +64,18 @@ class PlanInPlace:
     merges: torch.Tensor
     tiles: torch.Tensor
     max_splits: int
+    seen: Ints
+
+
+def _of_one_token(rows: Ints, kv_lens: Ints) -> Ints:
+    """Tiles of a step in which every row is one token and sees the keys of one split: as `_lay_out` makes them, and sooner."""
+    tiles = np.zeros((len(rows), _TILE_FIELDS), dtype=np.int32)
+    tiles[:, 0] = tiles[:, 1] = rows
+    tiles[:, 2] = kv_lens - 1
+    tiles[:, 3] = 1
+    tiles[:, 6] = kv_lens
+    tiles[:, 7] = -1
+    return tiles
 
 
 class TritonAttention:
@@ -106,11 +120,14 @@ class TritonAttention:
         ints = self._device.allocate((tiles_at + _TILE_FIELDS * max_rows * max_splits,), torch.int32)
         return PlanInPlace(
             self._device.allocate((max_rows, max_blocks), torch.int32), ints, ints[:_HEADER].view(torch.int64),
-            ints[_HEADER:tiles_at].view(max_rows, _MERGE_FIELDS), ints[tiles_at:].view(-1, _TILE_FIELDS), max_splits,
+            ints[_HEADER:tiles_at].view(max_rows, _MERGE_FIELDS), ints[tiles_at:].view(-1, _TILE_FIELDS), max_splits, _NO_TABLES,
         )  # fmt: skip
 
     def refill(self, plan: PlanInPlace, batch: BatchLayout) -> None:
-        """Two copies to the device, and two on it, in the order of the steps. Raises ValueError for a step that does not fit."""
+        """One copy to the device and one on it, and the same again where block tables have changed, in the order of the steps.
+
+        Raises ValueError for a step that does not fit.
+        """
         query_lens, kv_lens, starts = batch.query_lens.numpy(), batch.kv_lens.numpy(), batch.query_starts.numpy()
         num_rows, width = batch.block_tables.shape
         max_rows, max_blocks = plan.tables.shape
@@ -136,7 +153,10 @@ class TritonAttention:
         ints[_HEADER : _HEADER + merges.size] = merges.ravel()
         ints[tiles_at:] = tiles.ravel()
         plan.ints[: len(ints)].copy_(self._on_device(ints))
-        plan.tables[:num_rows, :width].copy_(self._device.to_device(batch.block_tables.contiguous()))
+        tables = batch.block_tables.numpy()
+        if not np.array_equal(tables, plan.seen):
+            plan.seen = tables.copy()  # the caller goes on writing to its own
+            plan.tables[:num_rows, :width].copy_(self._device.to_device(batch.block_tables.contiguous()))
 
     def run(self, q: torch.Tensor, kv: KVSegments, plan: AttentionPlan | PlanInPlace, out: torch.Tensor) -> None:
         """q, out: [T, H, D]; kv.own: (k, v), each [B, S, G, D]."""
@@ -215,6 +235,8 @@ class TritonAttention:
         than a few.
         """
         counts = -(-query_lens[rows] // tiling.queries)
+        if len(rows) == len(starts) - 1 == starts[-1] and not self._window and kv_lens.max(initial=0) <= tiling.split:
+            return _of_one_token(rows, kv_lens), _NO_MERGES, 0
         row = np.repeat(rows, counts)
         within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         done = within * tiling.queries

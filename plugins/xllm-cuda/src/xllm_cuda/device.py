@@ -1,7 +1,7 @@
 """One NVIDIA GPU as the core sees it. Everything goes through torch's own CUDA runtime: its allocator, its streams, its pinned memory, its graphs.
 
-Steps are computed on the current stream. What they read from the host comes over a stream of its own, so that the inputs of a step travel while the
-one before it runs.
+Steps are computed on the current stream, and what they read from the host is copied on it too: the host is a step ahead, and to tie two streams
+together takes the host longer than the GPU takes for copies of some kilobytes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ class CudaDevice:
         # cuBLAS adds the parts of a sum that it splits in float32, as the definition of `linear` does: torch lets it round them to 16 bits.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        self._copies = torch.cuda.Stream(self._device)
-        self._arrived = torch.cuda.Event()
         self._recorder = GraphRecorder(self._device)
 
     def facts(self) -> DeviceFacts:
@@ -84,23 +82,17 @@ class CudaDevice:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        """Copied to a pinned place of its own, and from there by the GPU on the stream for copies, while the host goes on and earlier work runs.
+        """Copied to a pinned place of its own, and from there by the GPU on the current stream, while the host goes on.
 
-        The current stream waits for it. The caller may write to `host` at once, also where it is pinned: torch keeps the place in between until
-        the GPU has read it. Raises NotCapturableError while a graph is recorded, which would copy from that place ever after.
+        The caller may write to `host` at once, also where it is pinned: torch keeps the place in between until the GPU has read it. Raises
+        NotCapturableError while a graph is recorded, which would copy from that place ever after.
         """
         if torch.cuda.is_current_stream_capturing():
             raise NotCapturableError(
                 f"a host tensor of shape {tuple(host.shape)} is copied to the device within the forward; a replay would copy the same values again"
             )
         staged = torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host)
-        current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copies):
-            there = staged.to(self._device, non_blocking=True)
-        self._arrived.record(self._copies)
-        current.wait_event(self._arrived)  # as it is now: that it is recorded again for the next copy changes nothing
-        there.record_stream(current)  # its memory is the copies' again only when the current stream is done with it
-        return there
+        return staged.to(self._device, non_blocking=True)
 
     def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Copied to a pinned place on the current stream; who waits for it waits for an event, with the interpreter free."""
@@ -120,8 +112,7 @@ class CudaDevice:
         return self._recorder.capture(run, max_rows)
 
     def synchronize(self) -> None:
-        """Wait for the copies and for the current stream."""
-        self._copies.synchronize()
+        """Wait for the current stream."""
         torch.cuda.current_stream(self._device).synchronize()
 
     def num_threads(self) -> int:

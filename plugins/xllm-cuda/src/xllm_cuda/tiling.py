@@ -43,7 +43,10 @@ def attention_tilings(
     narrow, wide = max(16, next_power_of_2(group)), max(32 if is_float32 else 64, next_power_of_2(group))
     # What a step holds in shared memory and registers grows with the head and with the dtype.
     narrow_keys = 32 if is_float32 or block_d > 128 else 64
-    wide_keys = 16 if is_float32 and block_d > 64 else 32
+    if is_float32:
+        wide_keys = 16 if block_d > 64 else 32
+    else:
+        wide_keys = 32 if block_d > 128 else 64
     stages = 1 if is_float32 else 2
 
     def tiling(block_m: int, keys: int, split: int) -> AttentionTiling:
