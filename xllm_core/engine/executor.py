@@ -226,12 +226,10 @@ class _ThreadFuture:
     def result(self) -> StepResult:
         with self._lock:
             pass
-        if isinstance(self._value, PendingResult):
-            return self._value.result()
-        if self._value is not None:
-            return self._value
-        assert self._error is not None
-        raise self._error
+        if self._value is None:
+            assert self._error is not None
+            raise self._error
+        return self._value.result() if isinstance(self._value, PendingResult) else self._value
 
     def run(self, worker: StepWorker) -> None:
         self._value = worker.sample(self._handle.own)
