@@ -222,8 +222,8 @@ class PendingResult:
 class StepTimes:
     """Seconds of one step on the worker: gathering inputs and planning kernels, the layers and the head, logits to tokens.
 
-    forward_ended_s: `time.perf_counter` after the last call of the forward; where tokens are waited for later (`PendingResult`), when they were
-    there. Then sample_s has what the device took beyond the calls, as far as it was not busy with the step before.
+    forward_ended_s: `time.perf_counter` after the last call of the forward (a device may still be busy with it). Where tokens are waited for later
+    (`PendingResult`), sample_s goes on until the engine had them, but for the time in which it had not yet those of the step before.
     is_replayed: the forward came from a recorded graph.
     """
 

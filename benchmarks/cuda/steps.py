@@ -2,8 +2,9 @@
 
     python -m benchmarks.cuda.steps --model DIR
 
-Sequences of 64 + 200 tokens, one and 64 of them, greedy. Calls of the host are timed where they run, on the worker's thread and the engine's, so they
-include waiting for each other's interpreter. The GPU's part is the recorded step replayed by itself, if the device records any.
+Sequences of 64 + 200 tokens, one and 64 of them, greedy; a step's time is the whole over 200, prompts included. Calls of the host are timed where they
+run, on the worker's thread and the engine's, so they include waiting for each other's interpreter. The GPU's part is the recorded step, replayed
+by itself, if the device records any.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def replay_us(llm: LLM, count: int) -> float | None:
 
     engine: Any = llm.processor.client.engine  # type: ignore[attr-defined]
     graphs = engine.executor._thread._driver.worker._runner.graphs
-    found = graphs._recorded.get(count) if graphs is not None else None
+    buckets = [bucket for bucket in (graphs._recorded if graphs is not None else ()) if bucket >= count]
+    found = graphs._recorded[min(buckets)] if buckets else None
     if found is None or not torch.cuda.is_available():
         return None
     begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

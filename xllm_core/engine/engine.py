@@ -118,7 +118,7 @@ class Engine:
             raise EngineDeadError(f"a step of this engine failed ({cause}); start a new one") from self._failure
 
     def close(self) -> None:
-        """Stop the worker and the observers; waits for the forward that runs, if one does. What is unfinished stays unfinished."""
+        """Stop the worker and the observers; waits for the call that runs, if one does. What is unfinished stays unfinished."""
         self._running.clear()
         try:
             self.executor.close()

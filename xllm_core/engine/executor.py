@@ -91,7 +91,7 @@ class _Done:
 
 
 class InProcessExecutor:
-    """One worker in the caller's thread; everything is done when a call returns, so a deeper queue changes nothing but the order of calls."""
+    """One worker in the caller's thread; the host's part is done when a call returns, so a deeper queue helps only a device that goes on alone."""
 
     def __init__(self, worker: StepWorker) -> None:
         self._worker = worker

@@ -75,7 +75,10 @@ class StepLog:
 
 
 def early_share(records: Sequence[StepRecord]) -> float:
-    """Of consecutive steps, which share was planned before the forward of the one before had ended: what overlap is about. 0 for none."""
+    """Of consecutive steps, which share was planned before the forward of the one before had ended: what overlap is about. 0 for none.
+
+    Of a device that computes while the host goes on, only the launch ends there: the share says little of it.
+    """
     pairs = [(a, b) for a, b in itertools.pairwise(records) if b.step == a.step + 1]
     return sum(b.started_s < a.forward_ended_s for a, b in pairs) / max(1, len(pairs))
 

@@ -120,7 +120,7 @@ class ModelRunner:
         started_s = time.perf_counter()
         plan, logits = handle.plan, handle.logits
         with torch.inference_mode() if logits is None or logits.is_inference() else _NO_MODE:
-            result = self._sample(handle, logits) if logits is not None else StepResult(())
+            result = self._sample(handle, logits) if logits is not None else self._computed(handle)
             if not plan.sample_rows:
                 self._previous, self._chosen = self._previous[:0], []
             if handle.hidden is not None and handle.inputs is not None:
@@ -186,6 +186,7 @@ class ModelRunner:
             return PendingResult(partial(self._wait, handle.times, self._to_host(tokens)))
         chosen: list[int] = tokens.tolist()
         self._previous, self._chosen = tokens, chosen
+        self._ended_s = time.perf_counter()
         sampling.observe(slots, chosen)
         logprobs: list[list[TokenLogprobs] | None] | None = None
         if counts is not None:
@@ -199,8 +200,14 @@ class ModelRunner:
         calls_s = times.prepare_s + times.forward_s
         started_s = max(times.forward_ended_s - calls_s, self._ended_s)  # before, the device was busy with another step
         times.sample_s = max(times.sample_s, ended_s - started_s - calls_s)
-        times.forward_ended_s = self._ended_s = ended_s
+        self._ended_s = ended_s
         return StepResult([(t,) for t in chosen])
+
+    def _computed(self, handle: RunnerHandle) -> StepResult | PendingResult:
+        """Of a step that samples nothing: its blocks are read and saved once it counts as done, so that the device must have done it."""
+        if self._to_host is None or handle.plan.is_empty or handle.hidden is not None:
+            return StepResult(())
+        return PendingResult(partial(self._wait, handle.times, self._to_host(self._previous[:0])))
 
     def _score_prompts(
         self, plan: StepPlan, hidden: torch.Tensor, inputs: StepInputs

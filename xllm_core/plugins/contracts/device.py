@@ -78,7 +78,11 @@ class LazyMemoryDevice(DeviceBackend, Protocol):
 
 @runtime_checkable
 class AsyncDevice(DeviceBackend, Protocol):
-    """A `DeviceBackend` that computes while the host goes on, so that a step can be launched before the tokens of the one before are known."""
+    """A `DeviceBackend` that computes while the host goes on, so that a step can be launched before the tokens of the one before are known.
+
+    Its `to_device` has taken the host's values when it returns, and aliases nothing: the next step is written over them at once. What other threads
+    ask of its tensors, as movers of KV do, comes behind what the worker has submitted by then.
+    """
 
     def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to copy a tensor to the host, as earlier work of the step leaves it. The call of what is returned waits for the copy, on whatever

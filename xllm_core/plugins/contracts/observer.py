@@ -11,9 +11,8 @@ from typing import Protocol
 class StepRecord:
     """One engine step. Durations are seconds on the thread that did the work; without overlap they add up to the step.
 
-    started_s, forward_ended_s: `time.perf_counter` when scheduling began, and when the worker had made its last call of the forward or, on an
-    `AsyncDevice`, when the tokens were there. A step was planned while the one before it ran if it started before that one's forward had ended.
-    is_replayed: from a recorded graph.
+    started_s, forward_ended_s: `time.perf_counter` when scheduling began, and when the worker had made its last call of the forward. A
+    step was planned while the one before it ran if it started before that one's forward had ended. is_replayed: from a recorded graph.
     kv_tokens: positions whose KV the rows read. attended: pairs of a new token and a position it sees.
     """
 

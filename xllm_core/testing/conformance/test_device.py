@@ -95,7 +95,7 @@ def test_copies(part: Part, device: DeviceBackend) -> None:
 
 
 def test_what_comes_back_is_of_its_time(part: Part, device: DeviceBackend) -> None:
-    """A copy to the host that is waited for later, and on another thread, holds what was there when it was asked for."""
+    """A copy to the host that is waited for later, and on another thread, holds what was there when it was asked for; so does one to the device."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -105,6 +105,14 @@ def test_what_comes_back_is_of_its_time(part: Part, device: DeviceBackend) -> No
     if not isinstance(device, AsyncDevice):
         pytest.skip(f"{device.facts().name} computes while the host waits")
     tensor = device.allocate((257,), torch.int64)
+    host = torch.zeros(257, dtype=torch.int64)
+    sent = []
+    for step in range(8):
+        host.fill_(step)
+        sent.append(device.to_device(host) + 1)
+    assert [int(copy[256]) for copy in sent] == list(range(1, 9)), (
+        "what the host writes next is seen by the step before"
+    )
     arrived = []
     for step in range(8):
         tensor += step

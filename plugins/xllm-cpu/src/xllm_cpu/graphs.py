@@ -252,6 +252,8 @@ def capture(
         try:
             with recorder:
                 result = run()
+            if _turn.recorder is not recorder:
+                raise NotCapturableError("this process was forked while a forward was recorded")
         finally:
             recorder.stop()
             _turn.recorder = None
