@@ -2,8 +2,8 @@
 
     python -m benchmarks.cuda.steps --model DIR
 
-Sequences of 64 + 200 tokens, one and 64 of them, greedy; a step's time is the whole over 200, prompts included. Calls of the host are timed where they
-run, on the worker's thread and the engine's, so they include waiting for each other's interpreter. The GPU's part is the recorded step, replayed
+Sequences of 64 + 200 tokens, one and 64 of them, greedy; a step's time is the whole over 200, prompts included. Calls of the host are timed where
+they run, on the worker's thread and the engine's, so they include waiting for each other's interpreter. The GPU's part is the recorded step, replayed
 by itself, if the device records any.
 """
 
