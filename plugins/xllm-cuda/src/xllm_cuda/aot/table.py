@@ -180,13 +180,13 @@ def _head(table: Table) -> list[str]:
     return [
         "# What the kernels need",
         "",
-        f"Compiled by triton {table.triton}, without a GPU; none of it ran on one. Written by `python -m xllm_cuda.aot --write`;",
+        f"Compiled by triton {table.triton}, without a GPU; what ran on one is in README.md. Written by `python -m xllm_cuda.aot --write`;",
         "`make nightly` does it again and fails if anything differs, the ordinary tests fail if the sources do.",
         "",
         "A cell: registers of a thread (r), bytes spilled (sp), bytes of shared memory (B) and threads (t) of a program, how many programs an SM",
         "holds at once by these, and the matrix instruction where there is one. float16 compiles to the same as bfloat16.",
         "",
-        f"The roofline takes the makers' figures ({cards}). It is a bound: nobody has measured how near the kernels come.",
+        f"The roofline takes the makers' figures ({cards}). It is a bound; README.md tells how near some kernels come on one card.",
     ]
 
 
