@@ -173,6 +173,12 @@ class Pair:
             "breaker_is_open": now["breaker_is_open"]
         }
 
+    def renew(self) -> None:
+        """Other prompts, and counters from now on."""
+        self.prompts = make_prompts()
+        self.expected = self.plain.generate(*self.prompts)["tokens"]
+        self.before = self.second.stats()
+
     def store(self) -> None:
         """`first` computes the prompts, and its blocks arrive in the store."""
         before = self.first.stats()["stored_blocks"]

@@ -8,10 +8,14 @@ from .real_master import wait_for
 
 def test_a_second_engine_serves_a_prefix_that_it_never_computed(pair: Pair) -> None:
     """Blocks of the first engine, offloaded when its requests ended, are found by the second, and its tokens are those of no store at all."""
-    pair.store()
-    found = pair.second.generate(*pair.prompts)
-    gained = pair.delta()
-    assert found["tokens"] == pair.expected
+    for _ in range(4):
+        pair.store()
+        found = pair.second.generate(*pair.prompts)
+        gained = pair.delta()
+        assert found["tokens"] == pair.expected
+        if not gained["lookup_timeouts"]:
+            break
+        pair.renew()  # on a busy machine the store may be late, and prompts are then computed: once more, with others
     assert (
         gained["store_tokens"] >= 16 * NUM_BLOCKS and gained["loaded_blocks"] >= NUM_BLOCKS and gained["hits"] >= 1
     ), gained
