@@ -138,6 +138,28 @@ def test_a_fork_while_another_thread_records(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_fork_by_whoever_records() -> None:
+    """The parent's graph is whole, the child is told that it has none. Dies if a graph without calls is taken for one."""
+    code = (
+        "import os, torch\n"
+        "from xllm_core.plugins import NotCapturableError\n"
+        "from xllm_cpu.device import CpuDevice\n"
+        "from xllm_cpu.ops import RmsNorm\n"
+        "device, x, weight, children = CpuDevice(0), torch.ones(4, 8), torch.ones(8), []\n"
+        "norm = RmsNorm(device)\n"
+        "def run():\n"
+        "    children.append(os.fork())\n"
+        "    return norm(x, weight, 1e-6)\n"
+        "try:\n"
+        "    with torch.inference_mode(): num_ops = device.capture(run, 4)[0].num_ops\n"
+        "except NotCapturableError as error: num_ops = 'was forked' in str(error) and -1\n"
+        "if children == [0]: os._exit(10 + num_ops)\n"
+        "assert num_ops == 1 and os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 9\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="room for threads is bounded as Linux does it")
 def test_threads_that_the_system_refuses() -> None:
     """With room for the stacks of a few of 1,000 threads, jobs go on with those few. Dies, with the process, if the refusal is not caught."""

@@ -239,6 +239,15 @@ def test_a_copy_arrives_before_it_is_read_and_the_host_goes_on(gpu: Gpu) -> None
     assert ran == ["step before"] and seen == [[1, 2, 3], [9, 9, 9]]
 
 
+def test_split_sums_are_added_in_float32(gpu: Gpu) -> None:
+    """torch lets cuBLAS round their parts to 16 bits. Killed by: a device that leaves it so."""
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    for name in names:
+        setattr(torch.backends.cuda.matmul, name, True)
+    CudaDevice()
+    assert not any(getattr(torch.backends.cuda.matmul, name) for name in names)
+
+
 def test_what_comes_back_does_not_wait_for_the_next_step(gpu: Gpu) -> None:
     """Killed by: a copy that is read before it is made, one that waits for all that was submitted, or holds what came later."""
     device, ran = CudaDevice(), []

@@ -26,7 +26,7 @@ class LinearFloat32(Kept):
     def __call__(self, x: torch.Tensor, prepared: Packed) -> torch.Tensor:
         """x: [T, in]. Returns [T, out] float32."""
         if x.dtype == torch.bfloat16 and x.dim() == 2:
-            _check(True, "x", x)
+            _check(True, "x must be", x)
             x = self._widened(_rows(x))
         return self._linear(x, prepared)
 
