@@ -10,6 +10,7 @@ them, the others one by one after the card's cache was emptied, which includes t
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,14 @@ class Bench:
 
 
 def main() -> None:
-    """All rows."""
+    """All rows; without a GPU, what is missing."""
     import torch
     from xllm_cuda.device import CudaDevice
 
+    from benchmarks.cuda.__main__ import missing_gpu
+
+    if missing := missing_gpu():
+        sys.exit(f"no GPU can be used here: {missing}")
     bench = Bench(CudaDevice(0))
     rates = f"{bench.bytes_per_s / 1e12:.2f} TB/s copied, {bench.operations_per_s / 1e12:.0f} TFLOP/s of bfloat16"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {rates}", flush=True)

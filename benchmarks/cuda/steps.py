@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from xllm_core import LLM, SamplingParams
 from xllm_core.engine.scheduler import Scheduler
+from xllm_core.errors import XllmError
 from xllm_core.runtime.graphs import StepGraphs
 from xllm_core.runtime.inputs import InputBuffers
 from xllm_core.runtime.model_runner import ModelRunner
@@ -104,4 +106,7 @@ def replay_us(llm: LLM, count: int) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except XllmError as error:
+        sys.exit(str(error))
