@@ -106,9 +106,10 @@ lint: setup
 suite: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OWN))
 	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; $(SUITE_RUN) $(PYTEST) -m "not nightly" $$suite $(ARGS); done
 
+# A file's long proofs may run beside each other.
 nightly: setup $(patsubst plugins/%/tests/environment.txt,$(VENV)s/%/.ready,$(OWN)) ## the long proofs
 	@set -e; for suite in $(SUITES); do echo "tests: $$suite"; \
-	  $(SUITE_RUN) $(PYTEST) --timeout 7200 -m nightly $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
+	  $(SUITE_RUN) $(PYTEST) --dist worksteal --timeout 7200 -m nightly --durations 0 --durations-min 60 $$suite $(ARGS) || { status=$$?; [ $$status = 5 ] && [ $$suite != tests ] || exit $$status; }; done
 
 bench: setup ## figures of this machine, each with its target
 	@$(RUN) -m benchmarks.run $(ARGS)
