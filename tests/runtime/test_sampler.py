@@ -115,6 +115,16 @@ def test_short_list_and_full_vocabulary_choose_alike() -> None:
     assert short == choose(logits.masked_fill(logits < kth, float("-inf")), temperature=1.0)
 
 
+@pytest.mark.parametrize("top_k", [3, 100])
+def test_more_ties_than_the_short_list_holds(top_k: int) -> None:
+    """1,500 equal scores behind one that is higher: all stay, so nothing is filtered. Red if ties beyond the candidate list are dropped."""
+    logits = torch.zeros(64, 1500)
+    logits[:, 700] = 2.0
+    assert choose(logits, temperature=1.0, top_k=top_k) == choose(logits, temperature=1.0)
+    never = logits.masked_fill(torch.arange(1500) % 750 != 700, float("-inf"))
+    assert choose(never, temperature=1.0, top_k=top_k) == choose(never, temperature=1.0)
+
+
 def test_what_a_slot_asks_for_comes_and_goes() -> None:
     """Noise and logprobs are looked for where some slot of the step wants them: after a fork too, and no longer when another sequence came."""
     state = SamplingState(ReferenceDevice(0), [], num_slots=3)

@@ -8,7 +8,7 @@ from xllm_core.plugins.contracts.device import DeviceBackend
 from xllm_core.plugins.contracts.sampling import SamplingBatch
 from xllm_core.runtime.noise import gumbel, stream_keys
 
-# Rows with top_k up to `limit` are cut to a list of `size` candidates; the spare places hold ties with the k-th.
+# Rows with top_k up to `limit` are cut to a list of `size` candidates; the spare places hold ties with the k-th. Rows with more take the long way.
 _SHORT_LISTS = ((0, 64, 128), (64, 1024, 1088))
 NEVER = float("-inf")
 
@@ -17,7 +17,7 @@ class GumbelSampler:
     """Order: temperature, top-k, top-p (within what top-k left), min-p (relative to the likeliest), noise, argmax.
 
     Ties at a threshold are kept, so a filter never depends on the order in which equal scores were sorted. Row i depends on row i alone:
-    which of the two paths a row takes (a short candidate list, or the whole vocabulary) is decided by its own parameters.
+    which of the two paths a row takes (a short candidate list, or the whole vocabulary) is decided by its own parameters and scores.
     """
 
     def __init__(self, device: DeviceBackend) -> None:
@@ -36,9 +36,8 @@ class GumbelSampler:
             for above, limit, size in _SHORT_LISTS:
                 if size < vocab:
                     rows = (~is_greedy & (batch.top_k > above) & (batch.top_k <= limit)).nonzero().squeeze(-1)
-                    is_open[rows] = False
                     if len(rows):
-                        chosen[rows] = _choose_short(logits[rows], batch, rows, keys[rows], size)
+                        chosen[rows], is_open[rows] = _choose_short(logits[rows], batch, rows, keys[rows], size)
         rows = is_open.nonzero().squeeze(-1)
         if len(rows):
             chosen[rows] = _choose_full(logits[rows], batch, rows, keys[rows])
@@ -56,15 +55,17 @@ def _tempered(logits: torch.Tensor, temperature: torch.Tensor, rows: torch.Tenso
 
 def _choose_short(
     logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor, keys: torch.Tensor, size: int
-) -> torch.Tensor:
-    """Rows with a small top-k: everything happens on the `size` likeliest candidates."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with a small top-k: everything happens on the `size` likeliest candidates. Also tells which rows have ties beyond those."""
     assert batch.temperature is not None and batch.top_k is not None
     top_k = _column(batch.top_k, rows)
     scores, token_ids = _tempered(logits, batch.temperature, rows).topk(size, dim=-1)
-    scores = scores.masked_fill(scores < scores.gather(-1, top_k - 1), NEVER)
+    least = scores.gather(-1, top_k - 1)
+    is_short = (scores[:, -1:] == least) & (least > NEVER)
+    scores = scores.masked_fill(scores < least, NEVER)
     scores = _filter_sorted(scores, batch, rows)
     noised = scores + gumbel(keys.unsqueeze(-1), token_ids)
-    return token_ids.gather(-1, noised.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    return token_ids.gather(-1, noised.argmax(dim=-1, keepdim=True)).squeeze(-1), is_short.squeeze(-1)
 
 
 def _choose_full(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ inline I multiplied(I a, I b) {
 
 // c = dot4(c, a, b), in place: in a long loop gcc 12 copies every sum around the intrinsic, runs out of registers and takes half as long again.
 inline void accumulate4(I& c, Bytes a, Bytes b) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(XLLM_NO_ASM)
   asm("vpdpbusd %2, %1, %0" : "+v"(c.v) : "v"(a.v.v), "v"(b.v.v));
 #else
   c = dot4(c, a, b);

@@ -44,7 +44,7 @@ inline void accumulate2(F& c, I a, I b) { c.v = _mm512_dpbf16_ps(c.v, (__m512bh)
 inline void accumulate2(F& c, I a, I b) { c = fma(high(a), high(b), fma(low(a), low(b), c)); }
 #endif
 // Of 16-bit integers, exact as long as the sums fit into 32 bits.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(XLLM_NO_ASM)
 inline void accumulate2(I& c, I a, I b) { asm("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(b.v)); }  // in place, as `accumulate4`
 #elif defined(__AVX512F__)
 inline void accumulate2(I& c, I a, I b) { c.v = _mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, b.v)); }

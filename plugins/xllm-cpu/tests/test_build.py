@@ -135,19 +135,20 @@ KERNEL_TESTS = (
 
 # Weights and caches come from malloc, one by one: beyond an end within the device's own rooms lies memory that may be read.
 OVER_SANITIZED = """
-def pytest_configure(config):
-    import pathlib, torch, xllm_cpu.isa
-    from xllm_cpu.device import CpuDevice
+import pathlib, torch, xllm_cpu.isa
+from xllm_cpu.device import CpuDevice
 
-    mapped = CpuDevice.allocate
+mapped = CpuDevice.allocate
 
-    def allocate(self, shape, dtype):
-        size = torch.Size(shape).numel()
-        return torch.zeros(tuple(shape), dtype=dtype) if size < 1 << 30 else mapped(self, shape, dtype)
+def allocate(self, shape, dtype):
+    size = torch.Size(shape).numel()
+    return torch.zeros(tuple(shape), dtype=dtype) if size < 1 << 30 else mapped(self, shape, dtype)
 
-    xllm_cpu.isa.FOLDER = pathlib.Path({folder!r})
-    CpuDevice.allocate = allocate
-    CpuDevice.packed_weight = lambda self, num_elements, dtype: torch.zeros(num_elements, dtype=dtype)
+# Before any conftest asks what can be run.
+xllm_cpu.isa.FOLDER = pathlib.Path({folder!r})
+xllm_cpu.isa.processor_flags = lambda: xllm_cpu.isa.NEEDS[{isa!r}]
+CpuDevice.allocate = allocate
+CpuDevice.packed_weight = lambda self, num_elements, dtype: torch.zeros(num_elements, dtype=dtype)
 """
 
 KIT = """
@@ -159,30 +160,42 @@ print("ok" if report.ok else report.text)
 sys.exit(not report.ok)
 """
 
+SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+EMULATED = {"avx512": [], "avx512_vnni": ["-DEMULATED_VNNI"], "avx512_bf16": ["-DEMULATED_VNNI", "-DEMULATED_BF16"]}
+
+
+def flags_to_run(name: str, flags: dict[str, list[str]]) -> list[str]:
+    """The compiler's flags for a path: its own where the processor runs it, else those that emulate it; the test skips where neither will do."""
+    if name in isa.runnable():
+        return flags[name]
+    reason = isa.why_not(name) or ""
+    if name not in EMULATED or "avx2" not in isa.runnable():
+        pytest.skip(reason)
+    if not Path("/usr/include/simde").exists():
+        message = f"{reason}; to emulate it: apt-get install libsimde-dev"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return [*flags["avx2"], *EMULATED[name], "-Wno-psabi", "-include", str(ROOT / "tests" / "emulated_avx512.h")]
+
 
 @pytest.mark.nightly
-def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
-    """Addresses and undefined behaviour: tests of the kernels and the conformance kit's, over libraries that stop at the first bad access."""
+@pytest.mark.parametrize("name", isa.NEEDS)
+def test_the_kernels_under_sanitizers(name: str, tmp_path: Path) -> None:
+    """Addresses and undefined behaviour: tests of the kernels and the conformance kit's, over a library that stops at the first bad access."""
     build = build_module()
     folder = tmp_path / "lib"
-    build.COMMON = [
-        *build.COMMON,
-        "-g",
-        "-O1",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-        "-fno-omit-frame-pointer",
-    ]
+    build.COMMON = [*build.COMMON, *SANITIZERS]
     build.LINK = ["-shared", "-pthread", "-fsanitize=address,undefined"]
-    build.FLAGS = {name: flags for name, flags in build.FLAGS.items() if name in isa.runnable()}
+    build.FLAGS = {name: flags_to_run(name, build.FLAGS)}
     build.compile_all("g++", ROOT / "native", folder)
     runtimes = [
         subprocess.run(
-            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+            ["g++", f"-print-file-name=lib{runtime}.so"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        for name in ("asan", "ubsan")
+        for runtime in ("asan", "ubsan")
     ]
-    (tmp_path / "over_sanitized.py").write_text(OVER_SANITIZED.format(folder=str(folder)))
+    (tmp_path / "over_sanitized.py").write_text(OVER_SANITIZED.format(folder=str(folder), isa=name))
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),
@@ -193,15 +206,15 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
 
     def run(*command: str) -> str:
         done = subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=3000, check=False
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=6000, check=False
         )
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[:6000]}"
         return done.stdout
 
     # Nothing is captured: who stops a process at a bad access says why on its standard error, which a capture would take along.
     options = ["-q", "-s", "-p", "over_sanitized", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    assert " passed" in run("-m", "pytest", *options, *(str(ROOT / "tests" / name) for name in KERNEL_TESTS))
-    for name in isa.runnable():
-        config = tmp_path / f"{name}.toml"
-        config.write_text(f'[plugin.cpu]\nisa = "{name}"\n')
-        assert "ok" in run("-c", KIT, str(config))
+    output = run("-m", "pytest", *options, *(str(ROOT / "tests" / file) for file in KERNEL_TESTS))
+    assert " passed" in output and f"instruction sets tested: {name}\n" in output
+    config = tmp_path / f"{name}.toml"
+    config.write_text(f'[plugin.cpu]\nisa = "{name}"\n')
+    assert "ok" in run("-c", KIT, str(config))
