@@ -92,13 +92,16 @@ using namespace xllm;
 int64_t xllm_attention_lay_out(
     XllmAttention* step, const int32_t* query_starts, const int32_t* kv_lens, const int32_t* tables, int64_t num_rows, int64_t width, int64_t max_rows,
     int64_t max_tokens, int is_decode) {
-  constexpr int64_t UNFIT = -2;
+  constexpr int64_t UNFIT = -2, HOLE = -3;
   if (num_rows > max_rows || width > step->table_width || query_starts[0] != 0 || query_starts[num_rows] > max_tokens) return UNFIT;
   int32_t longest = 0;
   for (int64_t row = 0; row < num_rows; row++) {
     const int64_t num_new = static_cast<int64_t>(query_starts[row + 1]) - query_starts[row];
     if (num_new < 0 || num_new > kv_lens[row] || kv_lens[row] > width * step->block_size || (is_decode != 0 && num_new != 1)) return UNFIT;
     longest = std::max(longest, kv_lens[row]);
+    const int64_t first_query = kv_lens[row] - num_new, seen_from = step->window > 0 ? std::max<int64_t>(0, first_query - step->window + 1) : 0;
+    for (int64_t i = seen_from / step->block_size; num_new > 0 && i * step->block_size < kv_lens[row]; i++)
+      if (tables[row * width + i] < 0) return HOLE;
   }
   int32_t highest = -1;
   for (int64_t i = 0; i < num_rows * width; i++) highest = std::max(highest, tables[i]);

@@ -107,30 +107,28 @@ def test_an_instruction_set_that_is_not_here_is_named(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_the_wheel_of_a_machine_without_a_compiler(tmp_path: Path) -> None:
-    """It builds, holds no library, and fits every platform."""
-    source = tmp_path / "source"
+    """It builds, holds no library, fits every platform and installs; then the reference device serves and the reason is told."""
+    source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("lib", "__pycache__", "tests"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(tmp_path),
-        str(source),
-    ]
     environment = {**os.environ, "PATH": str(tmp_path / "nothing"), "CXX": ""}
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, env=environment, timeout=120)
     wheel = next(tmp_path.glob("*.whl"))
     assert wheel.name.endswith("py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, env=environment, timeout=120)
+    why = xllm(site, "plugins", "why", "device")
+    assert why.returncode == 0 and "the native kernels are absent" in why.stdout, why.stdout + why.stderr
+    model = str(write_tiny(tiny_config("LlamaForCausalLM"), tmp_path / "model"))
+    chosen = xllm(site, "plan", model)
+    assert chosen.returncode == 0 and "core/reference" in chosen.stdout, chosen.stdout + chosen.stderr
 
 
 KERNEL_TESTS = (
     "test_exactness.py", "test_hostile.py", "test_int8_kv.py", "test_quantized.py", "test_blocks.py", "test_graphs.py", "test_sampler.py",
+    "test_experts.py", "test_tied.py", "test_together.py",
 )  # fmt: skip
 
 # Weights and caches come from malloc, one by one: beyond an end within the device's own rooms lies memory that may be read.

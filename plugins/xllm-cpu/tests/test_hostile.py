@@ -145,6 +145,28 @@ def test_attention_refuses_what_does_not_fit(device: CpuDevice) -> None:
             kernel.run(q, KVSegments(own=own), plan, T(*q.shape).to(q.dtype))
 
 
+def test_a_hole_is_outside_the_window_or_refused(device: CpuDevice) -> None:
+    """-1 stands for a block that left the window. Red where a query that sees it is answered as if those positions were not there."""
+    whole, windowed = (
+        PagedAttention(
+            device, AttentionGeometry(2, 1, 8, scale=1.0, block_size=4, dtype="float32", sliding_window=window)
+        )
+        for window in (None, 5)
+    )
+    for hole in (-1, -3, -100_000_000):
+        for kernel, batch in (
+            (whole, layout(1, 8, hole, 0)),
+            (whole, layout(2, 8, 0, hole)),
+            (windowed, layout(1, 8, hole, 0)),  # positions 3 to 7
+            (windowed, layout(2, 9, hole, 0, 1)),  # of the first query also 3
+            (windowed, layout(1, 9, 0, 1, hole)),
+        ):
+            with pytest.raises(IndexError, match="-1 or less where a query sees it"):
+                kernel.plan(batch)
+        assert windowed.plan(layout(1, 9, hole, 0, 1)).step.highest_block == 1  # positions 4 to 8
+        assert whole.plan(layout(1, 8, 0, 1, hole)).step.highest_block == 1  # beyond the row's end
+
+
 def test_a_replay_reads_no_block_that_is_not_there(device: CpuDevice) -> None:
     """The cache is that which the call was recorded with. Dies, with the process, where only the first step's tables are checked."""
     kernel = PagedAttention(device, AttentionGeometry(2, 1, 8, scale=1.0, block_size=4, dtype="float32"))

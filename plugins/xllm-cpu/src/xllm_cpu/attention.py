@@ -48,7 +48,10 @@ class PagedAttention:
             )
 
     def plan(self, batch: BatchLayout) -> Plan:
-        """Tasks of the step: so many queries of one row and KV head each. Raises ValueError for lengths or tables that do not fit together."""
+        """Tasks of the step: so many queries of one row and KV head each.
+
+        Raises ValueError for lengths or tables that do not fit together, IndexError for a hole that a query would see.
+        """
         num_tokens = int(batch.query_starts[-1]) if len(batch.query_starts) else 0
         plan = self._room(max(0, num_tokens), *batch.block_tables.shape)
         self._lay_out(plan, batch)
@@ -86,8 +89,13 @@ class PagedAttention:
             found = self._native.attention_lay_out(plan.address, *plan.given, plan.max_rows, plan.max_tokens, is_decode)
         if found < -1:
             starts, kv_lens, tables = plan.read
+            rows = f"{len(kv_lens)} rows with query starts {starts.tolist()}, KV lengths {kv_lens.tolist()} and"
+            if found == -3:
+                raise IndexError(
+                    f"{rows} tables {tables.tolist()} of blocks of {self._geometry.block_size}: a block is -1 or less where a query sees it"
+                )
             raise ValueError(
-                f"{len(kv_lens)} rows with query starts {starts.tolist()}, KV lengths {kv_lens.tolist()} and tables {tuple(tables.shape)} of blocks"
+                f"{rows} tables {tuple(tables.shape)} of blocks"
                 f" of {self._geometry.block_size} do not fit each other, or not {plan.max_rows} rows with {plan.max_tokens} new tokens"
                 f" and {plan.step.table_width} blocks{', one token a row' if is_decode else ''}"
             )
