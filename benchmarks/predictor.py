@@ -1,7 +1,7 @@
 """How far is the formula off that scheduling policies are told step times by?
 
-`xllm profile` in a process of its own: half of the cases are fitted, the other half is held out. The figure is the mean error on held-out steps over
-their mean time; the target is 15 %.
+`xllm profile` in a process of its own: half of the cases are fitted, the other half is held out. The figure is the mean, over
+held-out steps, of the error relative to each step's time; the target is 15 %.
 
     python -m benchmarks.predictor | tail -1 | jq .
 """
@@ -30,7 +30,7 @@ def run(model: str, *flags: str) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"predictor: {share(figures):.1%} of the time of {figures['held_out']['steps']} held-out steps, prompts"
+        f"predictor: {share(figures):.1%} mean relative error of {figures['held_out']['steps']} held-out steps, prompts"
         f" {figures['prefill']['mean_relative_error']:.1%}, decode only {figures['decode']['mean_relative_error']:.1%}",
         flush=True,
     )
@@ -38,7 +38,7 @@ def run(model: str, *flags: str) -> dict[str, Any]:
 
 
 def share(figures: dict[str, Any]) -> float:
-    """Of the time of held-out steps that the formula is off by."""
+    """Mean relative error of the formula on held-out steps."""
     return float(figures["held_out"]["mean_relative_error"])
 
 

