@@ -15,9 +15,14 @@ from typing import Any, Self
 
 
 class Arm:
-    """One such process. settings: as `xllm_core.LLM` takes them; the others are the engine's own defaults."""
+    """One such process. settings: as `xllm_core.LLM` takes them; the others are the engine's own defaults.
 
-    def __init__(self, model: str, settings: Mapping[str, Any], *, input_len: int, output_len: int) -> None:
+    times_native: rounds say `python_ms`, which a timer around each native call of xllm-cpu tells; it slows them.
+    """
+
+    def __init__(
+        self, model: str, settings: Mapping[str, Any], *, input_len: int, output_len: int, times_native: bool = False
+    ) -> None:
         self.rounds: list[dict[str, Any]] = []
         shape = [
             "--input-len",
@@ -26,6 +31,7 @@ class Arm:
             str(output_len),
             "--settings",
             json.dumps(dict(settings)),
+            *(["--times-native"] if times_native else []),
         ]
         command = [sys.executable, "-m", "benchmarks.arms", "--model", model, *shape]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -61,6 +67,7 @@ class Arm:
 
 def main() -> None:
     """The child: a round per line of standard input, until it ends."""
+    from benchmarks import native_time
     from xllm_core.benchmark import Load, run_round, step_split
     from xllm_core.engine.metrics import early_share
     from xllm_core.frontend.start import start_in_process
@@ -70,11 +77,14 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=32)
+    parser.add_argument("--times-native", action="store_true")
     args = parser.parse_args()
+    native = native_time.install() if args.times_native else [0.0]
     processor = start_in_process(args.model, **args.settings)
     info = processor.client.info()
     for line in sys.stdin:
         load = Load(**{"input_len": args.input_len, "output_len": args.output_len, **json.loads(line)})
+        native[0] = 0.0
         result = run_round(processor, load, show=False)
         answer = {
             "tok_s": load.num_prompts * load.output_len / result.elapsed_s,
@@ -84,6 +94,9 @@ def main() -> None:
             "model": info.model, "max_model_len": info.max_model_len, "kv_tokens": info.kv_tokens,
             "steps": [(r.forward_ended_s, r.num_rows, r.num_tokens, r.kv_tokens) for r in result.records],
         }  # fmt: skip
+        if args.times_native:
+            step_s = sum(r.prepare_s + r.forward_s + r.sample_s for r in result.records)
+            answer["python_ms"] = 1e3 * (step_s - native[0]) / max(1, len(result.records))
         print(json.dumps(answer), flush=True)
     processor.client.close()
 
