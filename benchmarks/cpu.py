@@ -126,7 +126,7 @@ def measure_shares(arm: Arm, work: Work | None, num_rounds: int) -> dict[str, An
 
     def prefill() -> float:
         arm.round(1, next(seeds), input_len=1024, output_len=1)
-        return 1024 / arm.rounds[-1]["ttft_ms"][0] * 1e3
+        return 1024 / float(arm.rounds[-1]["ttft_ms"][0]) * 1e3
 
     def prefix() -> float:
         seed = next(seeds)

@@ -13,6 +13,7 @@ Not measured: tokenising, detokenising, HTTP, the forward, logits to token.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from xllm_core.engine.policy import Fcfs
 from xllm_core.engine.scheduler import Scheduler, SchedulerLimits
 from xllm_core.kv.manager import KVManager
 from xllm_core.plugins.contracts.kv import KVGeometry, KVGroupSpec, KVTensorSpec
+from xllm_core.plugins.contracts.model import Layer
 from xllm_core.reference.device import ReferenceDevice
 from xllm_core.reference.ops import BlockCopy
 from xllm_core.runtime.worker import Worker, WorkerParts
@@ -32,10 +34,18 @@ from xllm_core.types import EngineRequest, SamplingParams
 VOCAB = 8
 
 
-class NullModel:
-    """No layers: nothing between embedding and logits."""
+class NullLayer:
+    """Nothing between embedding and logits."""
 
-    layers = ()
+    def __call__(self, h: torch.Tensor, ctx: Any) -> torch.Tensor:
+        """h: [T, 1]; returns it."""
+        return h
+
+
+class NullModel:
+    """One layer that does nothing; the runner asks the last one for less than the others."""
+
+    layers: Sequence[Layer] = (NullLayer(),)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T, 1]."""

@@ -45,7 +45,7 @@ def run(
     figures: dict[str, Any] = {"conditions": conditions(), "model": model, "dtype": dtype}
     figures |= {"input_len": input_len, "output_len": output_len}
     settings = {"dtype": dtype, "max_num_seqs": max(num_requests)}
-    lengths = {"input_len": input_len, "output_len": output_len}
+    lengths: dict[str, Any] = {"input_len": input_len, "output_len": output_len}
     with (
         Arm(model, {**settings, "overlap": True}, **lengths) as on,
         Arm(model, {**settings, "overlap": False}, **lengths) as off,

@@ -135,7 +135,8 @@ def machine(job: Job) -> dict[str, Any]:
         "print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, 'gpu': p and p.name, 'bytes': p and p.total_memory}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def conformance(job: Job) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def table(found: Sequence[Point]) -> list[str]:
     for point in found:
         limit = f"{digits(point.limit_ms.median)} ms, {point.limited_by}" if point.limit_ms else "not known"
         cells = (point.value, point.ms, point.gain or "-", point.share or "-")
-        lines.append(_row(f"{point.size:,}", *(str(cell) for cell in cells), limit))
+        value, ms, gain, share = map(str, cells)
+        lines.append(_row(f"{point.size:,}", value, ms, gain, share, limit))
     return [*lines, ""]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import run
+from benchmarks import host_bookkeeping, run
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(3.0, "met"), (3.01, "MISSED")])
@@ -29,3 +29,9 @@ def test_no_compiler() -> None:
     assert run.installed_lines({"absent": "there is no C++ compiler"}) == [
         "not measured  installed size and build time: there is no C++ compiler"
     ]
+
+
+def test_bookkeeping_without_a_model() -> None:
+    """The runner takes the model that computes nothing. Red if it asks more of a model than that one has."""
+    figures = host_bookkeeping.measure(3, input_len=4, output_len=5)
+    assert figures["num_steps"] == 4 and figures["median"] > 0
