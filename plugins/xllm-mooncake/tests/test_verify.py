@@ -16,10 +16,10 @@ from .real_master import Master
 ROW = "plugin's store"
 
 
-def verifier(model: str, master: Master) -> Verifier:
-    """One that offloads into the store and brings back."""
+def verifier(model: str, master: Master, block_size: int = 4) -> Verifier:
+    """One that offloads into the store and brings back. Another size of block finds nothing of what the others left, nor waits for it to go."""
     settings: dict[str, Any] = {"use": {"kv_store": "mooncake/store"}, "plugin": {"mooncake": dict(master.settings)}}
-    return Verifier(model, scale=Scale((1, 17, 33, 70), 12), num_blocks=128, block_size=4, **settings)
+    return Verifier(model, scale=Scale((1, 17, 33, 70), 12), num_blocks=128, block_size=block_size, **settings)
 
 
 def test_the_row(model: str, master: Master, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,5 +32,5 @@ def test_the_row(model: str, master: Master, monkeypatch: pytest.MonkeyPatch) ->
         write(self, entry, [data.roll(64) for data in value])
 
     monkeypatch.setattr(MooncakeMover, "_write", wrong)
-    report = verifier(model, master).run(only=[ROW])
+    report = verifier(model, master, block_size=8).run(only=[ROW])
     assert not report.has_passed and report.rows[0].differences, report.rows
