@@ -1,9 +1,10 @@
 """Is our engine, on the device that it chooses, at least as fast as transformers' own `generate` on the same weights, alone and with 32 requests?
 
 Method: a process each, theirs with torch's own number of threads (a device of ours may give torch fewer, so one process for both would be unfair),
-in bfloat16, from the same GGUF file; arms take turns (ours, theirs, theirs, ours, ...), every request generates exactly the same number of tokens,
-prompts are random token ids. A pair's ratio is ours / theirs in new tokens per second; the median over all pairs has a 95 % bootstrap interval, and a
-target counts as met when its lower end reaches it. Memory bandwidth is probed before and after.
+from the same GGUF file, both in bfloat16, or in float32 where the processor has no products of bfloat16 and torch would emulate them; arms take turns
+(ours, theirs, theirs, ours, ...), every request generates exactly the same number of tokens, prompts are random token ids. A pair's ratio is ours /
+theirs in new tokens per second; the median over all pairs has a 95 % bootstrap interval, and a target counts as met when its lower end reaches it.
+Memory bandwidth is probed before and after.
 
 Not measured: tokenising, HTTP, prefix reuse, prompts of unlike lengths (where static batches waste work and ours do not).
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.arms import Arm
-from benchmarks.machine import conditions, read_bandwidth_gb_s
+from benchmarks.machine import conditions, peak_dtype, read_bandwidth_gb_s
 from benchmarks.pairs import Ratio, interleave
 from xllm_core.benchmark import Load
 
@@ -41,11 +42,13 @@ def run(model: str, num_pairs: int, input_len: int, output_len: int) -> dict[str
     """Both workloads; returns figures with their conditions."""
     before = conditions()
     figures: dict[str, Any] = {"conditions": before, "input_len": input_len, "output_len": output_len}
-    settings = {"dtype": "bfloat16", "max_num_seqs": 32}
+    dtype = str(peak_dtype()).removeprefix("torch.")
+    figures["dtype"] = dtype
+    settings = {"dtype": dtype, "max_num_seqs": 32}
     with Arm(model, settings, input_len=input_len, output_len=output_len) as ours:
         ours.round(1, -1)
         figures["device"] = ours.rounds[0]["device"]
-        theirs = load_transformers(ours.rounds[0]["model"])
+        theirs = load_transformers(ours.rounds[0]["model"], getattr(torch, dtype))
         for name, count in (("single stream", 1), ("32 requests", 32)):
             load = Load(num_prompts=count, input_len=input_len, output_len=output_len)
 
@@ -59,7 +62,7 @@ def run(model: str, num_pairs: int, input_len: int, output_len: int) -> dict[str
             ratio = interleave(us, them, num_pairs)
             figures[name] = as_json(ratio)
             print(
-                f"{name}: ours {median(ratio.ours):.1f}, transformers {median(ratio.theirs):.1f} new tok/s, "
+                f"{name}, {dtype}: ours {median(ratio.ours):.1f}, transformers {median(ratio.theirs):.1f} new tok/s, "
                 f"ratio {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
                 flush=True,
             )
@@ -67,7 +70,7 @@ def run(model: str, num_pairs: int, input_len: int, output_len: int) -> dict[str
     return figures
 
 
-def load_transformers(path: str) -> Any:
+def load_transformers(path: str, dtype: torch.dtype) -> Any:
     """The same file, dequantised by transformers itself."""
     import os
 
@@ -76,7 +79,7 @@ def load_transformers(path: str) -> Any:
     directory, name = os.path.split(path)
     config = GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
-        directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=config
+        directory, gguf_file=name, dtype=dtype, quantization_config=config
     ).eval()
 
 

@@ -20,16 +20,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from benchmarks.arms import Arm
-from benchmarks.machine import SETTLE_S, conditions, read_bandwidth_gb_s, use_all_cores
+from benchmarks.machine import SETTLE_S, conditions, peak_dtype, peak_gflops, read_bandwidth_gb_s
 from benchmarks.pairs import interleave, summarise
 from benchmarks.scaling.costs import Costs, costs_of
-
-if TYPE_CHECKING:
-    import torch
 
 Limit = Callable[[float, float], float]
 
@@ -219,31 +215,6 @@ def python_ms(model: str, settings: dict[str, Any]) -> list[float]:
                 arm.round(count, i)
             found.append(round(sorted(r["python_ms"] for r in arm.rounds[-3:])[1], 3))
     return found
-
-
-def peak_gflops() -> float:
-    """Best of a few products of 1,024 cubed, by torch, in `peak_dtype`."""
-    use_all_cores()
-    kind = peak_dtype()
-    return round(2 * 1024**3 / min(_product_s(1024, kind) for _ in range(12)) / 1e9, 1)
-
-
-@cache
-def peak_dtype() -> torch.dtype:
-    """bfloat16, or float32 where the processor multiplies nothing narrower and bfloat16, emulated, takes 50 times as long. Asked once."""
-    import torch
-
-    use_all_cores()
-    return min((torch.bfloat16, torch.float32), key=lambda kind: min(_product_s(1024, kind) for _ in range(3)))
-
-
-def _product_s(size: int, kind: torch.dtype) -> float:
-    import torch
-
-    a, b = (torch.randn(size, size).to(kind) for _ in range(2))
-    started_s = time.perf_counter()
-    a @ b
-    return time.perf_counter() - started_s
 
 
 def _no_limit(read: float, peak: float) -> float:

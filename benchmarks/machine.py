@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SETTLE_S = 0.5
 """After every round of an engine, outside of what is measured: what it has put off until nothing runs (ours gets pages for its next tokens) must
@@ -34,6 +38,31 @@ def read_bandwidth_gb_s() -> float:
         data.sum()
         best = max(best, _PROBE_BYTES / (time.perf_counter() - started_s) / 1e9)
     return round(best, 2)
+
+
+def peak_gflops() -> float:
+    """Best of a few products of 1,024 cubed, by torch, in `peak_dtype`."""
+    use_all_cores()
+    kind = peak_dtype()
+    return round(2 * 1024**3 / min(_product_s(1024, kind) for _ in range(12)) / 1e9, 1)
+
+
+@cache
+def peak_dtype() -> torch.dtype:
+    """bfloat16, or float32 where the processor multiplies nothing narrower and bfloat16, emulated, takes 50 times as long. Asked once."""
+    import torch
+
+    use_all_cores()
+    return min((torch.bfloat16, torch.float32), key=lambda kind: min(_product_s(1024, kind) for _ in range(3)))
+
+
+def _product_s(size: int, kind: torch.dtype) -> float:
+    import torch
+
+    a, b = (torch.randn(size, size).to(kind) for _ in range(2))
+    started_s = time.perf_counter()
+    a @ b
+    return time.perf_counter() - started_s
 
 
 def conditions() -> dict[str, Any]:

@@ -79,7 +79,9 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
         low, high = pairs[name]["interval"]
         figure = f"{pairs[name]['ratio']} [{low}, {high}]"
         lines.append(
-            _line(f"{name}, ours / transformers, bfloat16", figure, "", low >= 1.0, "interval's lower end >= 1.0")
+            _line(
+                f"{name}, ours / transformers, {pairs['dtype']}", figure, "", low >= 1.0, "interval's lower end >= 1.0"
+            )
         )
     lines += [overlap_line(name, figures["overlap"][name]) for name in ("1 at once", "8 at once", "32 at once")]
     lines += plugin_lines(figures["plugins"])

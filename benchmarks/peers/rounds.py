@@ -10,8 +10,7 @@ from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
-from benchmarks.cpu import peak_gflops
-from benchmarks.machine import SETTLE_S, read_bandwidth_gb_s
+from benchmarks.machine import SETTLE_S, peak_gflops, read_bandwidth_gb_s
 from benchmarks.peers.comparison import START, Row
 from benchmarks.peers.engines import Engine, Places
 from benchmarks.peers.installs import AbsentError

@@ -35,8 +35,7 @@ os.environ.setdefault(
 from tqdm import tqdm
 
 from benchmarks.arms import Arm
-from benchmarks.cpu import peak_dtype
-from benchmarks.machine import conditions, read_bandwidth_gb_s
+from benchmarks.machine import conditions, peak_dtype, read_bandwidth_gb_s
 from benchmarks.scaling import figures, plot
 from benchmarks.scaling.costs import Costs, costs_of
 from benchmarks.scaling.points import CONTEXT, CURVES, LONG, QUICK, Bench

@@ -9,8 +9,7 @@ from itertools import count
 from typing import Any
 
 from benchmarks.arms import Arm
-from benchmarks.cpu import peak_gflops
-from benchmarks.machine import SETTLE_S, read_bandwidth_gb_s
+from benchmarks.machine import SETTLE_S, peak_gflops, read_bandwidth_gb_s
 from benchmarks.scaling.costs import Costs, Limit
 
 DECODE, PREFILL, CONTEXT = "decode", "prefill", "context"
