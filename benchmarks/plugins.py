@@ -125,7 +125,9 @@ def _measure(site: Path, model: str, num_pairs: int) -> dict[str, Any]:
 
 def _child(what: str, model: str, site: Path | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.plugins", "--child", what, "--model", model]
-    done = subprocess.run(command, env=_environment(site), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=_environment(site), capture_output=True, text=True, check=False)
+    if done.returncode:  # what else it says, forty times, is that no device of these plugins is here
+        raise RuntimeError(f"{what} ended with status {done.returncode}:\n{done.stderr}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 

@@ -50,8 +50,8 @@ inline F load_half(const char* p) {
 #endif
 
 // With few rows the weight comes from memory, once: it is asked for so many bytes ahead.
-constexpr int FEW = 4, AHEAD = 7680;
-#if defined(__AVX512F__)
+constexpr int AHEAD = 7680;
+#if defined(__AVX2__)
 inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 #else
 inline void prefetch(const char*) {}
@@ -147,7 +147,7 @@ template <bool IS_4_BIT> struct Product {
     F c[MR][2];
     unrolled<MR>([&](auto i) { c[i][0] = c[i][1] = zero(); });
     for (int64_t block = 0; block < num_blocks; block++, a++, b += block_bytes) {
-      if (MR <= FEW) prefetch(b + AHEAD), prefetch(b + AHEAD + head_bytes - 64);
+      if (MR <= FEW_ROWS) prefetch(b + AHEAD), prefetch(b + AHEAD + head_bytes - 64);
       I d[MR][2];
       sums<MR>(a, b + head_bytes, d);
       const F s0 = load_half(b), s1 = load_half(b + W * HALF);
@@ -172,7 +172,7 @@ template <bool IS_4_BIT> struct Product {
   template <int MR> inline __attribute__((always_inline)) void sums(const RowBlock* a, const char* codes, I (&d)[MR][2]) const {
     unrolled<MR>([&](auto i) { d[i][0] = d[i][1] = bcast(&a[i * num_blocks].start); });
     unrolled<STEPS>([&](auto step) {
-      if (MR <= FEW) prefetch(codes + AHEAD + step * NR * P), prefetch(codes + AHEAD + step * NR * P + 64);
+      if (MR <= FEW_ROWS) prefetch(codes + AHEAD + step * NR * P), prefetch(codes + AHEAD + step * NR * P + (NR * P > 64 ? 64 : 0));
       const I b0 = loadi(codes + step * NR * P), b1 = loadi(codes + (step * NR + W) * P);
       const auto multiply = [&](int at, Bytes w0, Bytes w1) {
         unrolled<MR>([&](auto i) {

@@ -57,7 +57,8 @@ inline void accumulate2(I& c, I a, I b) {
 }
 #endif
 
-constexpr int FEW_ROWS = 4;  // up to which a product takes less time than its weight takes to come from memory
+// Rows up to which a product takes less time than its weight takes to come from memory.
+constexpr int FEW_ROWS = MAX_MR > 4 ? 4 : MAX_MR - 1;
 
 // Ask for one step of K of packed weights. Few rows wait for nothing else: it goes next to the processor. With more the panel at hand lives there,
 // and the next one waits in the second-level cache.
@@ -65,6 +66,9 @@ template <int MR> inline __attribute__((always_inline)) void fetch_step(const ch
 #if defined(__AVX512F__)
   if (MR <= FEW_ROWS) _mm_prefetch(line, _MM_HINT_T0), _mm_prefetch(line + 64, _MM_HINT_T0);
   else _mm_prefetch(line, _MM_HINT_T1), _mm_prefetch(line + 64, _MM_HINT_T1);
+#elif defined(__AVX2__)  // a step is one line
+  if (MR <= FEW_ROWS) _mm_prefetch(line, _MM_HINT_T0);
+  else _mm_prefetch(line, _MM_HINT_T1);
 #else
   (void)line;
 #endif
@@ -72,7 +76,7 @@ template <int MR> inline __attribute__((always_inline)) void fetch_step(const ch
 
 // Ask for a line of `runs`, and go on by half of it: the second time costs less than a branch.
 inline __attribute__((always_inline)) void fetch_run(const Runs& runs, int64_t k, const char*& line) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (k % Runs::STEPS == 0) line = runs[k];
   _mm_prefetch(line, _MM_HINT_T1);
   line += 32;

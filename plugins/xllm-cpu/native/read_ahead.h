@@ -14,7 +14,7 @@ template <int MOST> class ReadAhead {
   void begin() { count_ = next_ = 0, left_ = 0; }
   // What is read after that which was added before: `rows` times `bytes`, `stride` apart. MOST rows in all.
   void add(const void* start, int64_t bytes, int64_t stride, int64_t rows) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     const char* at = static_cast<const char*>(start);
     if (stride == bytes) runs_[count_++] = {at, bytes * rows};
     else
@@ -25,7 +25,7 @@ template <int MOST> class ReadAhead {
   }
   bool has_more() const { return left_ > 0 || next_ < count_; }
   inline __attribute__((always_inline)) void fetch() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     if (left_ <= 0) {
       if (next_ == count_) return;
       at_ = runs_[next_].at, left_ = runs_[next_].bytes, next_++;
